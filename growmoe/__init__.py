@@ -1,0 +1,42 @@
+"""growmoe: mixtures of experts whose experts are born, merged, frozen and removed while they train.
+
+Start reading at `growmoe.moe`.
+"""
+
+from growmoe import losses, rules, surgery
+from growmoe.assignment import Assignment
+from growmoe.checkpoint import load, save
+from growmoe.ema import EMA
+from growmoe.experts import FFN, Expert, ExpertBank
+from growmoe.lineage import Event, Lineage
+from growmoe.moe import MoE, aux_loss, moe_layers
+from growmoe.optim import guard
+from growmoe.organizer import Organizer
+from growmoe.routers import Entry, ExpertChoice, Router, Routing, TopK
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EMA",
+    "FFN",
+    "Assignment",
+    "Entry",
+    "Event",
+    "Expert",
+    "ExpertBank",
+    "ExpertChoice",
+    "Lineage",
+    "MoE",
+    "Organizer",
+    "Router",
+    "Routing",
+    "TopK",
+    "aux_loss",
+    "guard",
+    "load",
+    "losses",
+    "moe_layers",
+    "rules",
+    "save",
+    "surgery",
+]

@@ -1,0 +1,86 @@
+"""Whether a layer may lose experts: what its output would lose on what its experts are for.
+
+The evidence is each expert's own inputs (or draws from their moments), not the recent batch: on
+recent inputs alone, the experts of an earlier domain look useless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from growmoe.experts.expert import Expert
+from growmoe.experts.statistics import evidence_count
+from growmoe.moe import MoE
+
+MIN_ROWS = 16
+
+
+@torch.no_grad()
+def evidence_of(layer: MoE, expert: Expert) -> Tensor | None:
+    """Inputs the expert is for: [M, D], or None if fewer than 16 forwards hit it.
+
+    Where the layer keeps moments instead of inputs, 32 draws from a Gaussian with these.
+    """
+    hits = expert.statistics["hits"]
+    if hits < MIN_ROWS:
+        return None
+    view = expert.statistics.view()
+    if layer.evidence_rows:
+        return view.evidence[: evidence_count(hits, layer.evidence_rows)]
+    draw = torch.randn(32, layer.d_model, generator=layer.generator).to(view.mean)
+    return view.mean + draw * view.var.sqrt()
+
+
+@torch.no_grad()
+def output_change(
+    layer: MoE, after: Sequence[Expert], concerned: Sequence[Expert]
+) -> tuple[float | None, str]:
+    """How much the layer's output would change were `after` its experts.
+
+    For each expert with evidence X, the relative change ‖y'(X) − y(X)‖ / ‖y(X)‖ (Frobenius); the
+    largest over all experts counts, so that nobody's domain is paid for by another's.
+
+    Args:
+        after: the experts that would be left, a merged one among them.
+        concerned: those that would go; each needs evidence, unless it never received an input.
+
+    Returns:
+        The change, or None and why it cannot be measured.
+    """
+    for expert in concerned:
+        hits = expert.statistics["hits"]
+        if 0 < hits < MIN_ROWS:
+            return None, (
+                f"expert {expert.id} has {int(hits)} inputs as evidence, {MIN_ROWS} are needed"
+            )
+    worst = 0.0
+    before = list(layer.experts.values())
+    dtype = next((p.dtype for p in layer.experts.parameters()), torch.get_default_dtype())
+    with evaluating(layer):
+        for expert in before:
+            rows = evidence_of(layer, expert)
+            if rows is None:
+                continue
+            rows = rows.to(dtype)
+            y = layer.output_of(rows, before).double()
+            gap = layer.output_of(rows, sorted(after, key=lambda e: e.id)).double() - y
+            worst = max(worst, float(gap.norm() / y.norm().clamp_min(1e-12)))
+    return worst, ""
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode without autocast inside, every module's own mode again after."""
+    modes = [(m, m.training) for m in module.modules()]
+    device = next((p.device.type for p in module.parameters()), "cpu")
+    module.eval()
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for m, mode in modes:
+            m.training = mode

@@ -1,0 +1,70 @@
+"""Who else holds a layer's parameters: optimizers and parallel wrappers alive in this process."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+def refuse_unseen_optimizers(layer: nn.Module, seen: Sequence[Optimizer]) -> None:
+    """Refuse to change a layer's structure behind the back of an optimizer that trains it.
+
+    Newborns would not train, and the dead would keep their state.
+
+    Raises:
+        ValueError: an optimizer that is alive holds parameters of the layer and is not in `seen`.
+    """
+    mine = {id(p) for p in layer.parameters()}
+
+    def unseen() -> list[Optimizer]:
+        return [
+            o
+            for o in gc.get_objects()
+            if type(o).__module__ != "builtins"
+            and issubclass(type(o), Optimizer)
+            and not any(o is s for s in seen)
+            and any(
+                id(p) in mine
+                for group in o.__dict__.get("param_groups", ())
+                for p in group["params"]
+            )
+        ]
+
+    if unseen():
+        gc.collect()  # one that is only waiting to be collected does not count
+        for optimizer in unseen():
+            raise ValueError(
+                f"a {type(optimizer).__name__} optimizer trains this layer: pass it as optimizer=, "
+                "so that it learns of the change (growmoe.load takes one, load_state_dict cannot)"
+            )
+
+
+def refuse_parallel_wrappers(layer: nn.Module) -> None:
+    """Refuse to change structure where a wrapper has its own list of the parameters.
+
+    Raises:
+        ValueError: the layer lies in DistributedDataParallel or FSDP.
+    """
+    from torch.distributed import is_available
+
+    if not is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel
+
+    wrappers = (DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
+    sharded = any(isinstance(p, DTensor) for p in layer.parameters())
+    wrapped = sharded or any(
+        issubclass(type(o), wrappers) and any(m is layer for m in o.modules())
+        for o in gc.get_objects()
+        if type(o).__module__ != "builtins"
+    )
+    if wrapped:
+        raise ValueError(
+            "the layer is wrapped in DistributedDataParallel or FSDP, which keeps its own list of "
+            "the parameters and would not learn of the change; change the structure before wrapping"
+        )

@@ -1,0 +1,423 @@
+"""MoE, the layer: a router chooses experts for each input, a bank runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growmoe.assignment import Assignment
+from growmoe.experts.bank import ExpertBank, run_each
+from growmoe.experts.expert import Expert, fresh_body, kind_of
+from growmoe.experts.ffn import FFN
+from growmoe.experts.statistics import Statistics
+from growmoe.lineage import Event, Lineage
+from growmoe.live import refuse_unseen_optimizers
+from growmoe.losses import balance_loss, z_loss
+from growmoe.routers.router import Router, Routing
+from growmoe.routers.topk import TopK
+from growmoe.signals import Recorder
+
+Template = nn.Module | Callable[[], nn.Module]
+
+
+class MoE(nn.Module):
+    """A mixture of experts that can grow, merge, freeze and lose experts while it trains.
+
+    A drop-in for a feed-forward block: [..., D] -> [..., O]. Structure is changed by
+    `growmoe.surgery`, or by a `growmoe.Organizer` that decides from the layer's signals.
+
+    Args:
+        d_model: D, the width of the input.
+        expert: what an expert is: an `FFN` (with or without its widths), any module that maps
+            [R, D] to [R, O] and whose parameters `reset_parameters` re-draws, a function that
+            builds a new one, or a sequence of those, one for each initial expert. Newborns
+            without a parent are of the first kind.
+        num_experts: how many to begin with.
+        router: how inputs choose; `TopK(2)` if left out.
+        shared: an expert (as above) that sees every input and is added to the mixture.
+        d_out: O, the width of the output; D if left out.
+        balance_loss: coefficient of the Switch balance loss in `growmoe.aux_loss`.
+        z_loss: coefficient of the router z-loss there.
+        warmup: training forwards over which a newborn is let into the gate: its logit is offset by
+            log(min(1, age/warmup)), so that its birth changes no output.
+        evidence: "inputs" keeps 32 inputs of each expert for consent (see `Organizer`);
+            "moments" keeps their mean and variance only.
+        seed: of the layer's own generator, which draws initial weights, newborns and evidence;
+            drawn from torch's global generator if left out.
+
+    Attributes:
+        experts: a mapping id -> `Expert`, ascending.
+        lineage: every act on this layer since it was built.
+        name: how events call the layer; the organizer sets it to its name in the model.
+        steps: training forwards so far.
+
+    Raises:
+        ValueError: fewer experts than the router needs, or widths that do not fit.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        expert: Template | Sequence[Template] | None = None,
+        num_experts: int = 8,
+        router: Router | None = None,
+        *,
+        shared: Template | None = None,
+        d_out: int | None = None,
+        balance_loss: float = 0.01,
+        z_loss: float = 0.0,
+        warmup: int = 100,
+        evidence: str = "inputs",
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(d_model, int) or d_model < 1:
+            raise ValueError(f"d_model must be a positive integer, got {d_model!r}")
+        if not isinstance(num_experts, int) or num_experts < 1:
+            raise ValueError(f"num_experts must be a positive integer, got {num_experts!r}")
+        if warmup < 1:
+            raise ValueError(f"warmup must be at least 1, got {warmup!r}")
+        if evidence not in ("inputs", "moments"):
+            raise ValueError(f"evidence must be 'inputs' or 'moments', got {evidence!r}")
+        self.d_model, self.d_out = d_model, d_out or d_model
+        self.router = TopK() if router is None else router
+        if num_experts < self.router.min_experts:
+            raise ValueError(
+                f"{self.router} needs at least {self.router.min_experts} experts, "
+                f"got num_experts={num_experts}"
+            )
+        if expert is None:
+            expert = FFN(4 * d_model)
+        templates = expert if isinstance(expert, Sequence) else [expert]
+        if isinstance(expert, Sequence) and len(templates) != num_experts:
+            raise ValueError(f"expert: {len(templates)} kinds for num_experts={num_experts}")
+        self.balance_loss, self.z_loss = balance_loss, z_loss
+        self.evidence_rows = 32 if evidence == "inputs" else 0
+        self.generator = torch.Generator()
+        self.generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+        self.name = "moe"
+        self.steps = 0
+        self.next_id = 0
+        self.lineage = Lineage()
+        self._template = [templates[0]]  # in a list, so that it is no submodule
+        self._entries = self.router.entries(d_model)
+        self._aux: Tensor | None = None
+
+        self.recorder = Recorder(d_model, warmup, device)
+        self.experts = ExpertBank(self.d_out)
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        newborns = [
+            self.newborn(templates[i % len(templates)], admission=1.0, **place)
+            for i in range(num_experts)
+        ]
+        self.experts.replace(newborns)
+        self.shared = None if shared is None else self._build(shared, **place)
+        self.lineage.add(Event(0, self.name, "init", ids=tuple(self.experts)))
+
+    # What happens to an input.
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor, context: Any = None) -> Tensor:
+        """[..., D] -> [..., O].
+
+        Args:
+            x: the input, in the dtype of the weights (or under autocast).
+            context: passed to the router.
+
+        Raises:
+            ValueError: the last dimension is not D, or the input is not finite. On an accelerator
+                the latter is not checked, since that would make it wait.
+        """
+        self._check(x)
+        x_TD = x.reshape(-1, self.d_model)
+        experts = list(self.experts.values())
+        routing = self.route(x_TD, experts, context)
+        out_RO = self.experts(x_TD, routing.assignment)
+        y_TO = routing.assignment.combine(out_RO)
+        if self.shared is not None:
+            y_TO = y_TO + self.shared(x_TD)
+        if self.training and not torch.is_inference_mode_enabled():
+            self._aux = self.balance_loss * balance_loss(
+                routing.probs_TE, routing.assignment
+            ) + self.z_loss * z_loss(routing.logits_TE)
+            if not _recomputing():
+                self.steps += 1
+                self.recorder.observe(
+                    experts,
+                    x_TD.detach(),
+                    _detached(routing.assignment),
+                    out_RO.detach(),
+                    self.generator,
+                )
+        return y_TO.reshape(*x.shape[:-1], self.d_out)
+
+    def route(
+        self, x_TD: Tensor, experts: Sequence[Expert] | None = None, context: Any = None
+    ) -> Routing:
+        """Where inputs go: [T, D] -> `Routing` over `experts`, by default all the living."""
+        experts = list(self.experts.values()) if experts is None else experts
+        admission_E = torch.stack([e.statistics.record for e in experts])
+        admission_E = experts[0].statistics.view(admission_E)["admission"]
+        return self.router(x_TD, experts, admission_E, context)
+
+    @torch.no_grad()
+    def output_of(self, x_TD: Tensor, experts: Sequence[Expert]) -> Tensor:
+        """What the routed mixture would give were these its experts: [T, D] -> [T, O].
+
+        Nothing is recorded and nothing moves: for questions such as "what if 3 were gone?". The
+        caller puts the layer in eval mode.
+        """
+        routing = self.route(x_TD, experts)
+        return routing.assignment.combine(
+            run_each(experts, routing.assignment.dispatch(x_TD), routing.assignment, self.d_out)
+        )
+
+    def aux_loss(self) -> Tensor | None:
+        """The auxiliary loss of the last training forward, once; None if there was none since."""
+        aux, self._aux = self._aux, None
+        return aux
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() < 1 or x.shape[-1] != self.d_model:
+            raise ValueError(
+                f"{self.name}: input has shape {tuple(x.shape)}, "
+                f"its last dimension must be d_model={self.d_model}"
+            )
+        if x.device.type == "cpu" and not _plain_finite(x):
+            bad = int((~x.isfinite()).sum())
+            raise ValueError(f"{self.name}: {bad} of {x.numel()} input values are NaN or infinite")
+
+    # What surgery needs to know.
+
+    def newborn(
+        self,
+        template: Template | None = None,
+        admission: float = 0.0,
+        toward: Tensor | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> Expert:
+        """A fresh expert with the next id; it does not yet belong to the layer.
+
+        Args:
+            template: its kind; the layer's first if left out.
+            admission: 0 lets it in over `warmup` forwards, 1 at once.
+            toward: [D], the mean of the inputs it is born for; its router entries turn there.
+        """
+        body = self._build(self._template[0] if template is None else template, device, dtype)
+        example = next(iter(body.parameters()), None)
+        living = list(self.experts.values()) if hasattr(self, "experts") else []
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        if living:
+            anyone = living[0].statistics.record
+            place = {"device": anyone.device, "dtype": dtype}
+        elif example is not None:
+            place = {"device": example.device, "dtype": example.dtype}
+        entries: dict[str, Tensor] = {}
+        for name, entry in self._entries.items():
+            value = entry.fresh(self.generator)
+            if living:
+                values = torch.stack([getattr(e.entries, name).detach() for e in living])
+                place["dtype"] = values.dtype
+                if toward is not None and entry.toward is not None:
+                    value = entry.toward(toward.to(values), values)
+            value = value.to(**place)
+            entries[name] = nn.Parameter(value) if entry.parameter else value
+        statistics = Statistics(self.d_model, self.evidence_rows, admission, place["device"])
+        expert = Expert(self.next_id, body, entries, statistics)
+        expert.train(self.training)
+        self.next_id += 1
+        return expert
+
+    def _build(self, template: Template, device: Any = None, dtype: Any = None) -> nn.Module:
+        if not isinstance(template, nn.Module) and not callable(template):
+            raise ValueError(
+                f"expert must be a module or a function that builds one, got {template!r}"
+            )
+        example = next(iter(self.experts.parameters()), None) if hasattr(self, "experts") else None
+        device = device or (example.device if example is not None else torch.get_default_device())
+        dtype = dtype or (example.dtype if example is not None else torch.get_default_dtype())
+        if isinstance(template, nn.Module):
+            return fresh_body(
+                template, self.d_model, self.d_out, self.generator, torch.device(device), dtype
+            )
+        body = template()
+        if not isinstance(body, nn.Module):
+            raise ValueError(f"expert: the function built {body!r}, which is no module")
+        if type(body) is FFN and body.d_model is None:
+            return fresh_body(
+                body, self.d_model, self.d_out, self.generator, torch.device(device), dtype
+            )
+        return body.to(device=device, dtype=dtype)
+
+    @property
+    def router_entries(self) -> dict[str, Any]:
+        """What the router keeps on each expert, by name (`growmoe.routers.Entry`)."""
+        return self._entries
+
+    # State.
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state["_aux"] = None
+        state["generator"] = self.generator.get_state()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        generator = torch.Generator()
+        generator.set_state(state["generator"])
+        super().__setstate__({**state, "generator": generator})
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {
+            "next_id": self.next_id,
+            "steps": self.steps,
+            "generator": self.generator.get_state(),
+            "lineage": [event.to_json() for event in self.lineage],
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.next_id, self.steps = state["next_id"], state["steps"]
+        self.generator.set_state(state["generator"].cpu())
+        self.lineage = Lineage(Event.from_json(data) for data in state["lineage"])
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # before torch loads the children: there must be an expert for each saved id
+        saved = expert_states(state_dict, prefix + "experts.")
+        if saved and self.differs(saved):
+            refuse_unseen_optimizers(self, [])
+            self.restructure(saved)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def differs(self, saved: dict[int, dict[str, Any]]) -> bool:
+        """Whether the saved experts (id -> `Expert.get_extra_state`) are others than the living."""
+        return list(self.experts) != sorted(saved) or any(
+            not _same_kind(expert, saved[id]) for id, expert in self.experts.items()
+        )
+
+    def restructure(
+        self,
+        saved: dict[int, dict[str, Any]],
+        factories: dict[str, Callable[[], nn.Module]] | None = None,
+    ) -> None:
+        """Hold an expert for each saved id, of the saved kind; its weights are still to be loaded.
+
+        Args:
+            saved: id -> `Expert.get_extra_state`.
+            factories: kind -> a function that builds a body, for kinds other than `FFN` and that
+                of the layer's own template.
+
+        Raises:
+            ValueError: a kind that nothing here can build, or too few experts for the router.
+        """
+        if len(saved) < self.router.min_experts:
+            raise ValueError(
+                f"{self.name}: {self.router} needs at least {self.router.min_experts} experts, "
+                f"the saved state has {len(saved)}"
+            )
+        makers: dict[str, Template] = {"FFN": FFN(1)}
+        for template in [*self._template, *(e.body for e in self.experts.values())]:
+            if isinstance(template, nn.Module):
+                makers.setdefault(kind_of(template), template)
+        makers |= factories or {}
+        before = (self.next_id, self.generator.get_state())
+        experts = []
+        try:
+            for id, state in sorted(saved.items()):
+                mine = self.experts.get(id)
+                if mine is None or not _same_kind(mine, state):
+                    kind = state["kind"]
+                    if kind not in makers:
+                        raise ValueError(
+                            f"{self.name}: expert {id} is a {kind}, which is not known here; pass "
+                            f"experts={{{kind!r}: function that builds one}} to growmoe.load"
+                        )
+                    maker = FFN(**state["config"]) if kind == "FFN" else makers[kind]
+                    mine = self.newborn(maker)
+                    mine.id = id
+                experts.append(mine)
+        except BaseException:
+            self.next_id = before[0]
+            self.generator.set_state(before[1])
+            raise
+        self.experts.replace(experts)
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, d_out={self.d_out}, experts={list(self.experts)}"
+
+
+def expert_states(state_dict: dict[str, Any], prefix: str) -> dict[int, dict[str, Any]]:
+    """The experts that a state dict holds under `prefix`: id -> `Expert.get_extra_state`."""
+    states = {}
+    for key, value in state_dict.items():
+        if key.startswith(prefix) and key.endswith("._extra_state"):
+            id = key[len(prefix) :].split(".")[0]
+            if id.isdecimal():
+                states[int(id)] = value
+    return states
+
+
+def _same_kind(expert: Expert, state: dict[str, Any]) -> bool:
+    mine = expert.get_extra_state()
+    return all(mine[key] == state[key] for key in ("kind", "config"))
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoE]:
+    """The MoE layers of a model by name; one that is the model itself is called "moe"."""
+    return {
+        name or "moe": module for name, module in model.named_modules() if isinstance(module, MoE)
+    }
+
+
+def aux_loss(model: nn.Module) -> Tensor:
+    """The sum of the auxiliary losses of all MoE layers' last training forwards.
+
+    Add it to the task's loss before backward. Each forward's loss is given once.
+
+    Raises:
+        RuntimeError: a layer ran without gradients although it trains, as under activation
+            checkpointing with use_reentrant=True: its auxiliary loss would silently be lost.
+    """
+    total: Tensor | None = None
+    for name, layer in moe_layers(model).items():
+        aux = layer.aux_loss()
+        if aux is None:
+            continue
+        learns = any(
+            p.requires_grad for e in layer.experts.values() for p in e.entries.parameters()
+        )
+        if torch.is_grad_enabled() and learns and not aux.requires_grad:
+            raise RuntimeError(
+                f"layer {name!r} ran without gradients; with activation checkpointing, pass "
+                "use_reentrant=False"
+            )
+        total = aux if total is None else total + aux.to(total.device)
+    if total is None:
+        example = next(model.parameters(), torch.empty(0))
+        return torch.zeros((), device=example.device)
+    return total
+
+
+def _detached(a: Assignment) -> Assignment:
+    return Assignment(
+        a.token_R, a.expert_R, a.weight_R.detach(), a.counts_E, a.num_tokens, a.slot_TK
+    )
+
+
+def _recomputing() -> bool:
+    """Whether a backward is running: activation checkpointing repeats forwards in it."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _plain_finite(x: Tensor) -> bool:
+    # a sum is not finite if any value is not: one pass without a temporary, then make sure
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return True
+    return bool(x.detach().sum().isfinite()) or bool(x.detach().isfinite().all())

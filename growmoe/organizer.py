@@ -1,0 +1,277 @@
+"""Proposals in, decisions out: one call in the training loop that lets a model organize itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from growmoe import surgery
+from growmoe.consent import evaluating, evidence_of, output_change
+from growmoe.experts.statistics import FIELDS
+from growmoe.lineage import Event
+from growmoe.moe import MoE, moe_layers
+from growmoe.optim import as_optimizers, guard
+from growmoe.rules.rule import Proposal, Rule
+from growmoe.signals import Signals, distance_z
+
+log = logging.getLogger("growmoe")
+
+
+class Organizer:
+    """Applies rules to every MoE layer of a model, within limits, and writes down why.
+
+    Call `step` once per iteration (or micro-batch), after the optimizer's step. Each layer has its
+    own decisions. A proposal is carried out if
+
+    - none of its experts was acted on within `cooldown` steps, or in the same decision;
+    - the layer stays within `max_experts` and within `budget` structural acts per decision;
+    - for a merge or a prune, the layer's output changes by no more than `tolerance` on what its
+      experts are for (see `growmoe.consent`).
+
+    What was refused, and why, stands in the lineage too.
+
+    Args:
+        model: holds one or more `MoE` layers.
+        optimizer: one, several, or None where nothing is trained by gradients. Idle experts are
+            guarded in each (`growmoe.guard`).
+        rules: read in this order; earlier ones have precedence.
+        max_experts: per layer.
+        every: optimizer steps between decisions; calls of `step` without an optimizer. So there
+            is no decision between the micro-batches of one step.
+        budget: spawns, merges and prunes per layer and decision.
+        cooldown: steps for which an expert is left alone after an act or a refusal;
+            5 · every if left out.
+        tolerance: relative change of the output that a merge or prune may cost.
+
+    Raises:
+        ValueError: no MoE layer in the model, or a setting out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        rules: Sequence[Rule] = (),
+        *,
+        max_experts: int = 64,
+        every: int = 100,
+        budget: int = 1,
+        cooldown: int | None = None,
+        tolerance: float = 0.1,
+    ) -> None:
+        self.layers = moe_layers(model)
+        if not self.layers:
+            raise ValueError("Organizer: the model has no growmoe.MoE layer")
+        for name, value in (("every", every), ("budget", budget), ("max_experts", max_experts)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"Organizer: {name} must be a positive integer, got {value!r}")
+        if tolerance < 0:
+            raise ValueError(f"Organizer: tolerance must not be negative, got {tolerance!r}")
+        for rule in rules:
+            if not callable(getattr(rule, "propose", None)):
+                raise ValueError(f"Organizer: {rule!r} is no rule: it has no propose(signals)")
+        self.optimizers = as_optimizers(optimizer)
+        self.rules = list(rules)
+        self.max_experts, self.every, self.budget = max_experts, every, budget
+        self.cooldown = 5 * every if cooldown is None else cooldown
+        self.tolerance = tolerance
+        self.steps = 0
+        self._decided = 0
+        self._acted: dict[str, dict[int, int]] = {name: {} for name in self.layers}
+        self._lost = 0
+        for name, layer in self.layers.items():
+            layer.name = name
+        for o in self.optimizers:
+            guard(o, model)
+        if self.optimizers:
+            self.optimizers[0].register_step_post_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.steps += 1
+
+    def step(self, loss: Tensor | float | None = None) -> list[Event]:
+        """Take in a loss; decide if it is time to.
+
+        Args:
+            loss: of the last training forward: a scalar, or one value per input of the MoE layers
+                or per sequence, which tells the experts apart better. One that is NaN or infinite
+                is counted in `lost_losses` and otherwise ignored.
+
+        Returns:
+            What was done and what was refused (`event.accepted`), often nothing.
+        """
+        if loss is not None:
+            value = torch.as_tensor(loss)
+            for layer in self.layers.values():
+                layer.recorder.observe_loss(list(layer.experts.values()), value)
+        if not self.optimizers:
+            self.steps += 1
+        if self.steps - self._decided < self.every:
+            return []
+        self._decided = self.steps - self.steps % self.every
+        self._report_lost()
+        events: list[Event] = []
+        for name, layer in self.layers.items():
+            events += self._decide(name, layer)
+        return events
+
+    @property
+    def lost_losses(self) -> int:
+        """How many losses were NaN or infinite."""
+        return max(int(layer.recorder.lost) for layer in self.layers.values())
+
+    def _report_lost(self) -> None:
+        if self.lost_losses > self._lost:
+            log.warning("%d losses were NaN or infinite and ignored", self.lost_losses - self._lost)
+            self._lost = self.lost_losses
+
+    def _decide(self, name: str, layer: MoE) -> list[Event]:
+        signals = snapshot(layer)
+        acted, events, spent = self._acted[name], [], 0
+        busy = {id for id, step in acted.items() if self.steps - step < self.cooldown}
+        for rule in self.rules:
+            for proposal in rule.propose(signals):
+                structural = proposal.act in ("spawn", "merge", "prune")
+                if busy & set(proposal.ids) or (structural and spent >= self.budget):
+                    continue
+                event = self._carry_out(layer, proposal)
+                events.append(event)
+                spent += structural and event.accepted
+                touched = {*proposal.ids} | ({event.child} if event.child is not None else set())
+                busy |= touched
+                acted.update(dict.fromkeys(touched, self.steps))
+        layer.recorder.begin_window()
+        for id in [id for id in acted if id not in layer.experts]:
+            del acted[id]
+        return events
+
+    def _carry_out(self, layer: MoE, proposal: Proposal) -> Event:
+        why: dict[str, Any] = {
+            "step": self.steps,
+            "reason": proposal.reason,
+            "signals": proposal.signals,
+        }
+        act, ids, optimizers = proposal.act, list(proposal.ids), self.optimizers
+        try:
+            if act == "spawn":
+                if len(layer.experts) >= self.max_experts:
+                    raise surgery.Refused(f"max_experts={self.max_experts} is reached", None)
+                parent = ids[0] if ids else None
+                event = surgery.spawn(layer, parent, optimizers, toward=proposal.toward, **why)
+                if proposal.toward is not None:
+                    layer.recorder.begin_window(forget=True)
+                return event
+            if act == "merge":
+                return surgery.merge(layer, ids, optimizers, tolerance=self.tolerance, **why)
+            if act == "prune":
+                _check_left(layer, ids)
+                return surgery.prune(layer, ids, optimizers, tolerance=self.tolerance, **why)
+            return (surgery.freeze if act == "freeze" else surgery.thaw)(layer, ids, **why)
+        except surgery.Refused as refusal:
+            return layer.lineage.add(
+                Event(
+                    self.steps,
+                    layer.name,
+                    act,
+                    tuple(ids),
+                    reason=f"{proposal.reason}; refused: {refusal}",
+                    signals=proposal.signals,
+                    change=refusal.change,
+                    accepted=False,
+                )
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a continued run needs, in plain JSON types. The rules are the user's to give."""
+        return {
+            "steps": self.steps,
+            "decided": self._decided,
+            "lost": self._lost,
+            "acted": {
+                name: {str(id): step for id, step in acted.items()}
+                for name, acted in self._acted.items()
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError if the state is of a model with other MoE layers."""
+        if set(state["acted"]) != set(self.layers):
+            raise ValueError(
+                f"the organizer's state is of layers {sorted(state['acted'])}, "
+                f"this model has {sorted(self.layers)}"
+            )
+        self.steps, self._decided, self._lost = state["steps"], state["decided"], state["lost"]
+        self._acted = {
+            name: {int(id): step for id, step in acted.items()}
+            for name, acted in state["acted"].items()
+        }
+
+
+def _check_left(layer: MoE, ids: Sequence[int]) -> None:
+    left = [e for id, e in layer.experts.items() if id not in ids]
+    if len(left) < layer.router.min_experts:
+        raise surgery.Refused(f"the router needs {layer.router.min_experts} experts", None)
+    if not any(e.statistics["admission"] > 0 for e in left):
+        raise surgery.Refused("only newborns would be left", None)
+
+
+@torch.no_grad()
+def snapshot(layer: MoE) -> Signals:
+    """The layer's signals for the rules, copied to the CPU."""
+    experts = list(layer.experts.values())
+    recorder = layer.recorder
+    view = recorder.records(experts)
+    numbers_FE = torch.stack([view[field] for field in FIELDS]).cpu().tolist()
+    novel = recorder.novel
+    count = float(novel[2])
+    mean = (novel[3:] / novel[2]) if count >= 1 else None
+    nearest = None
+    if mean is not None:
+        nearest = experts[int(distance_z(view, mean[None])[0].argmin())].id
+
+    @torch.no_grad()
+    def similarity() -> Tensor:
+        rows = {i: evidence_of(layer, e) for i, e in enumerate(experts)}
+        cosine_EE = torch.zeros(len(experts), len(experts), dtype=torch.float64)
+        for i, x in rows.items():
+            if x is None:
+                continue
+            with evaluating(layer):
+                x = x.to(next(experts[i].parameters()).dtype)
+                out = [e(x).double() for e in experts]
+            for j, y in enumerate(out):
+                cosine_EE[i, j] = torch.cosine_similarity(out[i], y, dim=-1).mean().cpu()
+        known = torch.tensor([rows[i] is not None for i in range(len(experts))]).double()
+        both = (known[:, None] + known[None, :]).clamp_min(1)
+        return ((cosine_EE + cosine_EE.T) / both).float()
+
+    def usefulness() -> dict[int, float]:
+        changes = {}
+        for expert in experts:
+            left = [e for e in experts if e is not expert]
+            if len(left) < layer.router.min_experts or expert.statistics["hits"] == 0:
+                continue
+            if not any(e.statistics["admission"] > 0 for e in left):
+                continue
+            change, _ = output_change(layer, left, [expert])
+            if change is not None:
+                changes[expert.id] = change
+        return changes
+
+    return Signals(
+        layer=layer.name,
+        ids=[e.id for e in experts],
+        frozen=[e.frozen for e in experts],
+        values=dict(zip(FIELDS, numbers_FE, strict=True)),
+        novel_share=float(novel[1]),
+        novel_count=count,
+        novel_mean=None if mean is None else mean.cpu(),
+        novel_nearest=nearest,
+        similarity=similarity,
+        usefulness=usefulness,
+    )

@@ -1,0 +1,61 @@
+"""Each expert takes its best tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from growmoe.assignment import Assignment
+from growmoe.experts.expert import Expert
+from growmoe.routers.router import Router, Routing, linear_logits
+
+
+class ExpertChoice(Router):
+    """Expert choice routing (Zhou et al. 2022, arXiv 2202.09368).
+
+    Each of E experts takes the ceil(T · capacity / E) tokens that score highest for it, so the
+    load is balanced by construction and a token gets any number of experts, none included. The
+    combine weight is the token's softmax probability of the expert.
+
+    Which tokens an expert takes depends on the whole batch, later tokens included, so it must not
+    be used in a causal model.
+
+    Args:
+        capacity: the mean number of experts per token.
+
+    Raises:
+        ValueError: capacity is not positive.
+    """
+
+    sees_future = True
+
+    def __init__(self, capacity: float = 2.0) -> None:
+        super().__init__()
+        if not capacity > 0:
+            raise ValueError(f"ExpertChoice: capacity must be positive, got {capacity!r}")
+        self.capacity = capacity
+
+    def forward(
+        self, x_TD: Tensor, experts: Sequence[Expert], admission_E: Tensor, context: Any = None
+    ) -> Routing:
+        logits_TE = linear_logits(x_TD, experts, admission_E)
+        probs_TE = logits_TE.softmax(-1)
+        num_tokens, num_experts = probs_TE.shape
+        share = min(num_tokens, math.ceil(num_tokens * self.capacity / num_experts))
+        weight_EC, token_EC = probs_TE.T.topk(share, dim=-1)
+        expert_E = torch.arange(num_experts, device=x_TD.device)
+        assignment = Assignment.from_pairs(
+            token_R=token_EC.reshape(-1),
+            expert_R=expert_E.repeat_interleave(share),
+            weight_R=weight_EC.reshape(-1),
+            num_experts=num_experts,
+            num_tokens=num_tokens,
+        )
+        return Routing(assignment, probs_TE, logits_TE)
+
+    def extra_repr(self) -> str:
+        return f"capacity={self.capacity}"

@@ -1,0 +1,69 @@
+"""Each token takes its k best experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from growmoe.assignment import Assignment
+from growmoe.experts.expert import Expert
+from growmoe.routers.router import Router, Routing, linear_logits
+
+Score = Literal["softmax", "softmax_topk", "sigmoid"]
+
+
+class TopK(Router):
+    """Top-k routing by a linear gate (Shazeer et al. 2017, arXiv 1701.06538).
+
+    Args:
+        k: experts per token.
+        score: how logits l become combine weights.
+            "softmax": softmax over all experts, then the k largest (GShard, arXiv 2006.16668);
+            "softmax_topk": the k largest logits, then softmax over these (Shazeer's KeepTopK);
+            "sigmoid": sigmoid of each, then the k largest (DeepSeek-V3, arXiv 2412.19437).
+        renormalize: divide the k weights by their sum.
+        noise: standard deviation of Gaussian noise added to the logits in training, for the
+            choice and the weights alike.
+
+    Raises:
+        ValueError: k is not a positive integer, an unknown score, or a negative noise.
+    """
+
+    def __init__(
+        self, k: int = 2, score: Score = "softmax", renormalize: bool = True, noise: float = 0.0
+    ) -> None:
+        super().__init__()
+        if not isinstance(k, int) or k < 1:
+            raise ValueError(f"TopK: k must be a positive integer, got {k!r}")
+        if score not in get_args(Score):
+            raise ValueError(f"TopK: score must be one of {get_args(Score)}, got {score!r}")
+        if noise < 0:
+            raise ValueError(f"TopK: noise must not be negative, got {noise!r}")
+        self.k, self.score, self.renormalize, self.noise = k, score, renormalize, noise
+
+    @property
+    def min_experts(self) -> int:  # type: ignore[override]
+        return self.k
+
+    def forward(
+        self, x_TD: Tensor, experts: Sequence[Expert], admission_E: Tensor, context: Any = None
+    ) -> Routing:
+        logits_TE = linear_logits(x_TD, experts, admission_E)
+        if self.training and self.noise:
+            logits_TE = logits_TE + self.noise * torch.randn_like(logits_TE)
+        probs_TE = logits_TE.sigmoid() if self.score == "sigmoid" else logits_TE.softmax(-1)
+        chosen_TK = logits_TE.topk(self.k, dim=-1).indices
+        if self.score == "softmax_topk":
+            weight_TK = logits_TE.gather(1, chosen_TK).softmax(-1)
+        else:
+            weight_TK = probs_TE.gather(1, chosen_TK)
+            if self.renormalize:
+                weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp_min(1e-20)
+        assignment = Assignment.from_choice(chosen_TK, weight_TK, len(experts))
+        return Routing(assignment, probs_TE, logits_TE)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, score={self.score}, renormalize={self.renormalize}, noise={self.noise}"

@@ -1,0 +1,326 @@
+"""What each expert lived through: written in every training forward, read by rules.
+
+Nothing here waits for an accelerator until a snapshot is taken. With n_e the rows routed to expert
+e in a forward of R rows and T tokens, g the combine weights, f_e the expert's output, and EMA_r a
+running mean of rate r = max(0.02, 1/age):
+
+    load_e        EMA of n_e / R
+    gate mass_e   EMA of Σ g over its rows / T
+    confidence_e  EMA, over forwards that hit it, of Σ g / n_e
+    output norm_e EMA, over forwards that hit it, of the mean of ‖f_e(x)‖ over its rows
+    score_e(x)    log (1/D) Σ_d (x_d − μ_ed)² / (v_ed + v̄_e/20): a diagonal Mahalanobis distance to
+                  the expert's running mean μ and variance v (v̄ its mean over d), about 0 on its own
+                  inputs; the logarithm tames its heavy tail
+    z_e(x)        (score_e(x) − mean_e) / sd_e, with the score's running moments on its own inputs
+    novelty(x)    min_e z_e(x): an input is novel if no expert explains it within 2 sd
+    loss_e        running means at rates 0.1 and 0.01 of the loss of its rows, and their variance
+
+Novelty is computed on at most 256 rows of a forward. Novel inputs enter the running moments at a
+tenth of the rate, so that they are noticed before they are absorbed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growmoe.assignment import Assignment
+from growmoe.experts.expert import Expert
+from growmoe.experts.statistics import RecordView
+
+RATE = 0.02
+SAMPLE = 256
+NOVEL_Z = 2.0
+READY_HITS = 20  # forwards before an expert's moments are trusted
+LOSS_FAST, LOSS_SLOW = 0.1, 0.01
+NOVELTY_RATE = 1 / 8
+
+
+class Recorder(nn.Module):
+    """Writes the records of a layer's experts, all at once.
+
+    The records are stacked; each expert's `statistics.record` is a view on its row, checked at
+    every use, like the weights in a pool.
+
+    Buffers (float32, whatever the model's dtype):
+        novel: [3 + D]: the running share of novel inputs (over about 8 forwards), and since the
+            last decision its peak, the number of novel inputs and their sum.
+        lost: [1], how many losses were not finite.
+    """
+
+    novel: Tensor
+    lost: Tensor
+
+    def __init__(self, d_model: int, warmup: int, device: Any = None) -> None:
+        super().__init__()
+        self.d_model, self.warmup = d_model, warmup
+        self.register_buffer("novel", torch.zeros(3 + d_model, device=device))
+        self.register_buffer("lost", torch.zeros(1, device=device))
+        self._stacked: Tensor | None = None
+        self._last: Assignment | None = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Recorder:
+        super()._apply(fn, recurse)
+        for name in ("novel", "lost"):
+            setattr(self, name, getattr(self, name).float())
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stacked": None, "_last": None}
+
+    def records(self, experts: Sequence[Expert]) -> RecordView:
+        """The records of all experts [E, L], each expert's own a view on its row."""
+        stacked = self._stacked
+        if stacked is not None and len(stacked) == len(experts):
+            address, stride = stacked.data_ptr(), stacked.stride(0) * stacked.element_size()
+            held = all(
+                e.statistics.record.data_ptr() == address + i * stride
+                for i, e in enumerate(experts)
+            )
+            if held and experts[0].statistics.record.device == stacked.device:
+                return RecordView(stacked, self.d_model)
+        with torch.inference_mode(False):
+            stacked = torch.stack([e.statistics.record for e in experts])
+            for expert, row in zip(experts, stacked, strict=True):
+                expert.statistics.record = row
+        self._stacked = stacked
+        return RecordView(stacked, self.d_model)
+
+    @torch.no_grad()
+    def observe(
+        self,
+        experts: Sequence[Expert],
+        x_TD: Tensor,
+        assignment: Assignment,
+        out_RO: Tensor,
+        generator: torch.Generator,
+    ) -> None:
+        """Write one training forward into the records."""
+        r = self.records(experts)
+        count_E = assignment.counts_E.float()
+        rows, hit_E = max(len(assignment.token_R), 1), count_E > 0
+        r["age"] += 1
+        r["idle"] = torch.where(hit_E, 0.0, r["idle"] + 1)
+        r["rows"] += count_E
+        r["hits"] += hit_E
+        r["admission"] = (r["admission"] + 1 / self.warmup).clamp_max(1)
+        rate_E = (1 / r["age"]).clamp_min(RATE)
+        hit_rate_E = (1 / r["hits"].clamp_min(1)).clamp_min(RATE) * hit_E
+        mass_E = _sum_rows(assignment.weight_R.float(), assignment)
+        norm_E = _sum_rows(torch.linalg.vector_norm(out_RO.float(), dim=1), assignment)
+        count1_E = count_E.clamp_min(1)
+        r["load"] += rate_E * (count_E / rows - r["load"])
+        r["gate_mass"] += rate_E * (mass_E / max(assignment.num_tokens, 1) - r["gate_mass"])
+        r["confidence"] += hit_rate_E * (mass_E / count1_E - r["confidence"])
+        r["output_norm"] += hit_rate_E * (norm_E / count1_E - r["output_norm"])
+        self._last = assignment
+        if len(assignment.token_R):
+            self._observe_novelty(r, x_TD, assignment, hit_rate_E)
+            self._keep_evidence(r, x_TD, assignment, hit_E, generator)
+
+    def _observe_novelty(
+        self, r: RecordView, x_TD: Tensor, assignment: Assignment, hit_rate_E: Tensor
+    ) -> None:
+        step = -(-len(assignment.token_R) // SAMPLE)
+        x_QD = x_TD[assignment.token_R[::step]].float()
+        expert_Q = assignment.expert_R[::step]
+        z_QE = distance_z(r, x_QD)
+        ready_E = r["hits"] > READY_HITS
+        nearest_Q = z_QE.masked_fill(~ready_E, torch.inf).amin(1)
+        novel_Q = (nearest_Q > NOVEL_Z) & ready_E.any()
+        own_z_Q = z_QE.gather(1, expert_Q[:, None])[:, 0]
+        own_score_Q = own_z_Q * _score_sd(r)[expert_Q] + r["score_mean"][expert_Q]
+
+        def mean_by_expert(value: Tensor, weight_Q: Tensor) -> tuple[Tensor, Tensor]:
+            shape = (len(r["age"]), *value.shape[1:])
+            weight = weight_Q.view(-1, *[1] * (value.dim() - 1))
+            total = value.new_zeros(shape).index_add_(0, expert_Q, value * weight)
+            weight_E = value.new_zeros(len(r["age"])).index_add_(0, expert_Q, weight_Q)
+            return total / weight_E.clamp_min(1e-9).view(-1, *weight.shape[1:]), weight_E
+
+        absorbed_Q = torch.where(novel_Q, 0.1, 1.0)
+        mean_ED, weight_E = mean_by_expert(x_QD, absorbed_Q)
+        seen_E = torch.zeros_like(weight_E).index_add_(0, expert_Q, torch.ones_like(absorbed_Q))
+        rate_E = hit_rate_E * weight_E / seen_E.clamp_min(1)
+        old_mean_ED = r.mean.clone()
+        r.mean.add_(rate_E[:, None] * (mean_ED - r.mean))
+        square_ED, _ = mean_by_expert(
+            (x_QD - old_mean_ED[expert_Q]) * (x_QD - r.mean[expert_Q]), absorbed_Q
+        )
+        r.var.add_(rate_E[:, None] * (square_ED - r.var)).clamp_min_(0)
+
+        usual_Q = (~novel_Q).float()
+        score_E, usual_E = mean_by_expert(own_score_Q, usual_Q)
+        # the first forwards score against moments that hardly exist
+        settled_E = (r["hits"] > READY_HITS // 4) & (usual_E > 0)
+        score_rate_E = torch.where(
+            settled_E, (1 / (r["hits"] - READY_HITS // 4).clamp_min(1)).clamp_min(RATE), 0.0
+        )
+        old_E = r["score_mean"].clone()
+        r["score_mean"] += score_rate_E * (score_E - r["score_mean"])
+        spread_E, _ = mean_by_expert(
+            (own_score_Q - old_E[expert_Q]) * (own_score_Q - r["score_mean"][expert_Q]), usual_Q
+        )
+        r["score_var"] += score_rate_E * (spread_E.clamp_min(0) - r["score_var"])
+        z_E, _ = mean_by_expert(own_z_Q, torch.ones_like(own_z_Q))
+        r["novelty"] += hit_rate_E * ready_E * (z_E - r["novelty"])
+
+        novel = self.novel
+        novel[0] += NOVELTY_RATE * (novel_Q.float().mean() - novel[0])
+        novel[1] = torch.maximum(novel[1], novel[0])
+        novel[2] += novel_Q.sum()
+        novel[3:] += (x_QD * novel_Q[:, None]).sum(0)
+
+    def _keep_evidence(
+        self,
+        r: RecordView,
+        x_TD: Tensor,
+        assignment: Assignment,
+        hit_E: Tensor,
+        generator: torch.Generator,
+    ) -> None:
+        """Reservoir sampling (Vitter 1985), one candidate a forward, that never stops renewing."""
+        held = r.evidence.shape[1]
+        if not held:
+            return
+        draw_2E = torch.rand(2, len(hit_E), generator=generator).to(x_TD.device)
+        count_E = assignment.counts_E
+        start_E = count_E.cumsum(0) - count_E
+        row_E = start_E + (draw_2E[0] * count_E).long().clamp_max(count_E - 1).clamp_min(0)
+        row_E = row_E.clamp_max(len(assignment.token_R) - 1)
+        seen_E = r["hits"].long() - 1
+        slot_E = torch.where(
+            seen_E < held, seen_E, (draw_2E[1] * seen_E.clamp(1, 50 * held)).long()
+        )
+        keep_E = hit_E & (slot_E >= 0) & (slot_E < held)
+        slot_E = slot_E.clamp(0, held - 1)
+        expert_E = torch.arange(len(hit_E), device=x_TD.device)
+        candidate_ED = x_TD[assignment.token_R[row_E]].float()
+        old_ED = r.evidence[expert_E, slot_E]
+        r.evidence[expert_E, slot_E] = torch.where(keep_E[:, None], candidate_ED, old_ED)
+
+    @torch.no_grad()
+    def observe_loss(self, experts: Sequence[Expert], loss: Tensor) -> None:
+        """Write the loss of the last training forward into the records of the experts it used.
+
+        Args:
+            loss: a scalar, or one value per input of the last forward; [B] where the forward had
+                B · S tokens gives each token its sequence's loss. What is not finite is counted
+                and otherwise ignored.
+
+        Raises:
+            ValueError: the number of losses does not divide the number of tokens.
+        """
+        if self._last is None:
+            return
+        tokens = self._last.num_tokens
+        loss_N = loss.detach().float().reshape(-1).to(self.novel.device)
+        if not tokens:
+            return
+        if not len(loss_N) or tokens % len(loss_N):
+            raise ValueError(f"loss has {len(loss_N)} values, the last forward {tokens} inputs")
+        loss_T = loss_N.repeat_interleave(tokens // len(loss_N))
+        finite_T = loss_T.isfinite()
+        self.lost += (~loss_N.isfinite()).sum()
+        r = self.records(experts)
+        if len(experts) != self._last.num_experts:
+            return  # surgery since that forward: its positions are not today's
+        finite_R = finite_T[self._last.token_R].float()
+        loss_R = torch.where(finite_T, loss_T, 0.0)[self._last.token_R]
+        count_E = _sum_rows(finite_R, self._last)
+        mean_E = _sum_rows(loss_R, self._last) / count_E.clamp_min(1)
+        hit_E = count_E > 0
+        r["loss_count"] += hit_E
+        first_E = r["loss_count"].clamp_min(1)
+        fast_E = (1 / first_E).clamp_min(LOSS_FAST) * hit_E
+        slow_E = (1 / first_E).clamp_min(LOSS_SLOW) * hit_E
+        r["loss_fast"] += fast_E * (mean_E - r["loss_fast"])
+        apart_E = mean_E - r["loss_slow"]
+        r["loss_slow"] += slow_E * apart_E
+        r["loss_var"] += slow_E * (apart_E * (mean_E - r["loss_slow"]) - r["loss_var"])
+
+    def begin_window(self, forget: bool = False) -> None:
+        """A decision was made: look for novel inputs anew.
+
+        Args:
+            forget: also forget the running share, after a birth that answers for it.
+        """
+        self.novel[1:] = 0
+        if forget:
+            self.novel[0] = 0
+
+
+def _score_sd(r: RecordView) -> Tensor:
+    # of a logarithm: a smaller spread would call a distance of 1.2 times the usual one novel
+    return r["score_var"].sqrt().clamp_min(0.1)
+
+
+def distance_z(r: RecordView, x_QD: Tensor) -> Tensor:
+    """z_e(x) of the module's docstring, for all pairs: [Q, D] -> [Q, E]."""
+    center_D = r.mean.mean(0)
+    x_QD, mean_ED = x_QD - center_D, r.mean - center_D
+    precision_ED = 1 / (r.var + r.var.mean(1, keepdim=True) / 20 + 1e-8)
+    score_QE = (
+        x_QD.square() @ precision_ED.T
+        - 2 * x_QD @ (mean_ED * precision_ED).T
+        + (mean_ED.square() * precision_ED).sum(1)
+    ) / x_QD.shape[1]
+    return (score_QE.clamp_min(1e-6).log() - r["score_mean"]) / _score_sd(r)
+
+
+def _sum_rows(value_R: Tensor, assignment: Assignment) -> Tensor:
+    total_E = value_R.new_zeros(assignment.num_experts)
+    return total_E.index_add_(0, assignment.expert_R, value_R)
+
+
+@dataclass(frozen=True)
+class Signals:
+    """A snapshot of one layer for the rules, on the CPU; lists are in the order of `ids`.
+
+    Attributes:
+        layer: the layer's name.
+        ids: the living experts, ascending.
+        frozen: whether each is frozen.
+        values: per field of the record (`growmoe.experts.statistics.FIELDS`), one float each.
+        novel_share: running share of inputs that no expert explains, its peak since the last
+            decision.
+        novel_count: how many such inputs there were since then (of those sampled).
+        novel_mean: their mean, float32 [D], or None.
+        novel_nearest: the id of the expert nearest to that mean, or None.
+        similarity: () -> float32 [E, E], cosine of the experts' outputs on their evidence.
+        usefulness: () -> {id: relative change of the layer's output on the expert's own evidence
+            if it were pruned}; an expert without enough evidence is left out.
+    """
+
+    layer: str
+    ids: list[int]
+    frozen: list[bool]
+    values: dict[str, list[float]]
+    novel_share: float
+    novel_count: float
+    novel_mean: Tensor | None
+    novel_nearest: int | None
+    similarity: Callable[[], Tensor]
+    usefulness: Callable[[], dict[int, float]]
+
+    def of(self, id: int) -> dict[str, float]:
+        """All fields of one expert."""
+        i = self.ids.index(id)
+        return {name: values[i] for name, values in self.values.items()}
+
+    def loss_z(self, id: int) -> float:
+        """How far the expert's fast loss lies above its slow one, in standard errors.
+
+        The fast mean of rate r averages about (2 − r)/r losses: z = (fast − slow) /
+        (sd · sqrt(r/(2 − r))). 0 before 20 losses.
+        """
+        v = self.of(id)
+        if v["loss_count"] < READY_HITS:
+            return 0.0
+        error = (v["loss_var"] * LOSS_FAST / (2 - LOSS_FAST)) ** 0.5
+        gap = v["loss_fast"] - v["loss_slow"]
+        return gap / max(error, 1e-6 * abs(v["loss_slow"]), 1e-12)
