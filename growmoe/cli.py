@@ -1,0 +1,184 @@
+"""The command line: `growmoe bench`, `growmoe streams`, `growmoe methods`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from growmoe.continual import require
+
+require("typer")
+require("rich")
+
+import typer  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import (  # noqa: E402
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from growmoe.continual.bench import BenchError, run_bench  # noqa: E402
+from growmoe.continual.methods import METHODS, Method  # noqa: E402
+from growmoe.continual.streams import STREAMS, DataError, nearest  # noqa: E402
+from growmoe.continual.table import print_table  # noqa: E402
+
+app = typer.Typer(
+    help="Grow mixtures of experts, and measure what they remember.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class UserError(Exception):
+    """What the user can mend; shown as one line, exit code 2."""
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"growmoe {importlib.metadata.version('growmoe')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="Each method and seed is written when finished: the same command goes on where it was "
+    "stopped, and more methods or seeds can be added to the same folder."
+)
+def bench(
+    stream: Annotated[str, typer.Argument(metavar="STREAM", help="See `growmoe streams`.")],
+    methods: Annotated[
+        str,
+        typer.Option(help="See `growmoe methods`; with commas between.", show_default="all"),
+    ] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 1,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="A folder for the results.", show_default="runs/STREAM")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where the data lies, as torchvision lays it out.")
+    ] = None,
+) -> None:
+    """Run methods on a stream with several seeds, and compare them."""
+    if stream not in STREAMS:
+        raise UserError(f"no stream {stream!r}{nearest(stream, STREAMS)}")
+    chosen = _choose(methods)
+    if importlib.util.find_spec("avalanche") is None:
+        require("avalanche")
+    output = output or Path("runs") / stream
+    errors = Console(stderr=True)
+    with _progress(errors) as (progress, say):
+        outcome = run_bench(
+            stream,
+            chosen,
+            range(first_seed, first_seed + seeds),
+            output,
+            data_dir,
+            command=shlex.join(["growmoe", *sys.argv[1:]]),
+            progress=progress,
+            say=say,
+        )
+    print_table(outcome.results, Console())
+    print("\nwritten:")
+    for path in outcome.files:
+        print(f"  {path}")
+    if outcome.failures:
+        for failure in outcome.failures:
+            print(f"growmoe: {failure}", file=sys.stderr)
+        print(f"growmoe: the tracebacks are in {output / 'errors'}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _choose(names: str) -> Mapping[str, Method]:
+    wanted = [name.strip() for name in names.split(",") if name.strip()] or list(METHODS)
+    for name in wanted:
+        if name not in METHODS:
+            raise UserError(f"no method {name!r}{nearest(name, METHODS)}")
+    return {name: METHODS[name] for name in wanted}
+
+
+@contextmanager
+def _progress(
+    console: Console,
+) -> Iterator[tuple[Callable[[float, str], None], Callable[[str], None]]]:
+    """A bar on a terminal; where the output is piped, one line for each finished cell."""
+    if not console.is_terminal:
+        yield lambda fraction, text: None, lambda text: print(text, file=sys.stderr, flush=True)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("loading", total=1.0)
+        yield (
+            lambda fraction, text: bar.update(task, completed=fraction, description=text),
+            lambda text: bar.console.print(text, highlight=False, markup=False),
+        )
+
+
+@app.command("streams")
+def list_streams() -> None:
+    """List the streams that can be learned."""
+    _list({name: source.description for name, source in STREAMS.items()})
+
+
+@app.command("methods")
+def list_methods() -> None:
+    """List the methods that can be compared."""
+    _list({name: method.description for name, method in METHODS.items()})
+
+
+def _list(descriptions: Mapping[str, str]) -> None:
+    width = max(map(len, descriptions))
+    for name, description in descriptions.items():
+        print(f"{name:<{width}}  {description}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit; errors of the user are one line on standard error, code 2."""
+    try:
+        code: Any = app(arguments, standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        print("growmoe: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except (UserError, BenchError, DataError, ImportError) as error:
+        _fail(str(error))
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as error:
+        # Usage errors; their base class moved between versions of typer, this method did not.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message())
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> None:
+    print("growmoe: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

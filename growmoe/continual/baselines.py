@@ -1,0 +1,294 @@
+"""Runs the methods that growmoe is compared with, through Avalanche.
+
+All gradient methods share one network, one optimizer and one rule for the number of steps, so that
+what differs between them is what they do about forgetting.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from growmoe.continual import require
+from growmoe.continual.cell import Cell, Memory, parameter_count, tensor_bytes
+from growmoe.continual.features import RandomPatchFeatures
+from growmoe.continual.streams import Stream
+
+require("avalanche.training.supervised")
+
+from avalanche.evaluation.metrics import accuracy_metrics  # noqa: E402
+from avalanche.training.plugins import (  # noqa: E402
+    EvaluationPlugin,
+    EWCPlugin,
+    LwFPlugin,
+    ReplayPlugin,
+    SupervisedPlugin,
+)
+from avalanche.training.storage_policy import ClassBalancedBuffer  # noqa: E402
+from avalanche.training.supervised import JointTraining, Naive  # noqa: E402
+
+Progress = Callable[[float, str], None]
+_EVAL_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Training:
+    """How every gradient method is trained.
+
+    Attributes:
+        hidden: units in each of the two hidden layers.
+        learning_rate: of Adam, with its default betas.
+        batch_size: images of the current experience per step.
+        min_steps: an experience is gone through as often as it takes to make so many steps, and at
+            least once: once on MNIST and Fashion-MNIST, about thirty times on digits.
+    """
+
+    hidden: int = 400
+    learning_rate: float = 3e-4
+    batch_size: int = 32
+    min_steps: int = 300
+
+    def epochs(self, batches: int) -> int:
+        """How often an experience of so many mini-batches is gone through."""
+        return max(1, math.ceil(self.min_steps / batches))
+
+
+def mlp(stream: Stream, hidden: int) -> nn.Sequential:
+    """Two hidden layers of ReLU units, and one output per class of the whole stream."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(math.prod(stream.image_shape), hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, stream.num_classes),
+    )
+
+
+class _Report(SupervisedPlugin):
+    """Tells how far the training of one experience is."""
+
+    def __init__(self, tell: Callable[[float], None]) -> None:
+        super().__init__()
+        self.tell = tell
+        self.steps = 0
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        self.steps = 0
+
+    def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        self.steps += 1
+        if self.steps % 10 == 0:
+            total = len(strategy.dataloader) * strategy.train_epochs
+            self.tell(min(1.0, self.steps / total))
+
+
+class _Run:
+    """One cell under way: its benchmark, its clock, its accuracy matrix, its progress."""
+
+    def __init__(self, stream: Stream, progress: Progress) -> None:
+        self.stream, self.progress = stream, progress
+        self.benchmark = stream.benchmark()
+        self.matrix: list[list[float]] = []
+        self.seconds = 0.0
+        self.reporter = _Report(self._tell)
+
+    def _tell(self, fraction: float) -> None:
+        done, total = len(self.matrix), self.stream.num_experiences
+        self.progress((done + fraction) / total, f"experience {done + 1} of {total}")
+
+    def common(self) -> dict[str, Any]:
+        """Arguments that every Avalanche strategy here shares."""
+        evaluator = EvaluationPlugin(accuracy_metrics(experience=True), loggers=[])
+        return {"evaluator": evaluator, "eval_mb_size": _EVAL_BATCH}
+
+    def evaluate(self, strategy: Any) -> list[float]:
+        """Accuracy on the test images of each experience."""
+        results = strategy.eval(self.benchmark.test_stream)
+        name = "Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp{:03d}"
+        return [float(results[name.format(j)]) for j in range(self.stream.num_experiences)]
+
+    def train(self, strategy: Any, experiences: Any) -> None:
+        """Train, then fill the next row of the accuracy matrix."""
+        self._tell(0.0)
+        begin = time.perf_counter()
+        strategy.train(experiences, eval_streams=[])
+        self.seconds += time.perf_counter() - begin
+        self.matrix.append(self.evaluate(strategy))
+
+
+def run_incremental(
+    stream: Stream,
+    progress: Progress,
+    training: Training,
+    plugin: SupervisedPlugin | None,
+    kept: Callable[[nn.Module], Memory],
+) -> Cell:
+    """Train one network on one experience after another, with a plugin or without.
+
+    Args:
+        kept: gives the memory that the method holds at the end.
+    """
+    run = _Run(stream, progress)
+    model = mlp(stream, training.hidden)
+    strategy = Naive(
+        model=model,
+        optimizer=torch.optim.Adam(model.parameters(), lr=training.learning_rate),
+        criterion=nn.CrossEntropyLoss(),
+        train_mb_size=training.batch_size,
+        plugins=[p for p in (plugin, run.reporter) if p is not None],
+        **run.common(),
+    )
+    untrained = run.evaluate(strategy)
+    for i, experience in enumerate(run.benchmark.train_stream):
+        batches = math.ceil(len(experience.dataset) / training.batch_size)
+        if isinstance(plugin, ReplayPlugin):
+            # As many old images of a class in a step as new ones.
+            plugin.batch_size_mem = training.batch_size * max(i, 1)
+            stored = len(plugin.storage_policy.buffer)
+            batches = max(batches, math.ceil(stored / plugin.batch_size_mem))
+        strategy.train_epochs = training.epochs(batches)
+        run.train(strategy, experience)
+    return Cell(
+        run.matrix, run.seconds, parameter_count(model), kept(model), untrained_accuracy=untrained
+    )
+
+
+def _weights(model: nn.Module) -> int:
+    return tensor_bytes(*model.parameters())
+
+
+def run_naive(stream: Stream, seed: int, progress: Progress, training: Training) -> Cell:
+    """Training goes on as if nothing could be forgotten: the lower bound."""
+    return run_incremental(
+        stream, progress, training, None, lambda model: Memory(model=_weights(model))
+    )
+
+
+def run_replay(
+    stream: Stream, seed: int, progress: Progress, training: Training, exemplars: int
+) -> Cell:
+    """A class-balanced reservoir of exemplars, mixed into every step (arXiv:1902.10486)."""
+    plugin = ReplayPlugin(
+        mem_size=exemplars, storage_policy=ClassBalancedBuffer(exemplars, adaptive_size=True)
+    )
+
+    def kept(model: nn.Module) -> Memory:
+        stored = len(plugin.storage_policy.buffer)
+        return Memory(model=_weights(model), examples=stored * stream.bytes_per_example)
+
+    return run_incremental(stream, progress, training, plugin, kept)
+
+
+def run_ewc(
+    stream: Stream, seed: int, progress: Progress, training: Training, strength: float
+) -> Cell:
+    """Elastic weight consolidation, a penalty per experience (arXiv:1612.00796)."""
+    plugin = EWCPlugin(ewc_lambda=strength, mode="separate")
+
+    def kept(model: nn.Module) -> Memory:
+        old = [*plugin.importances.values(), *plugin.saved_params.values()]
+        tensors = [entry.data for entries in old for entry in entries.values()]
+        return Memory(model=_weights(model), statistics=tensor_bytes(*tensors))
+
+    return run_incremental(stream, progress, training, plugin, kept)
+
+
+def run_lwf(
+    stream: Stream,
+    seed: int,
+    progress: Progress,
+    training: Training,
+    alpha: float,
+    temperature: float,
+) -> Cell:
+    """Learning without forgetting: distillation from the network before (arXiv:1606.09282)."""
+    plugin = LwFPlugin(alpha=alpha, temperature=temperature)
+
+    def kept(model: nn.Module) -> Memory:
+        return Memory(model=_weights(model), buffers=_weights(plugin.lwf.prev_model))
+
+    return run_incremental(stream, progress, training, plugin, kept)
+
+
+class _TensorBatches:
+    """Shuffled mini-batches of data held as tensors, many times faster than example by example."""
+
+    def __init__(self, dataset: Any, batch_size: int) -> None:
+        images, labels, _ = zip(*dataset, strict=True)
+        self.images, self.labels = torch.stack(images), torch.tensor(labels)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.labels) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        for index in torch.randperm(len(self.labels)).split(self.batch_size):
+            yield [self.images[index], self.labels[index], torch.zeros_like(index)]
+
+
+class _Joint(JointTraining):
+    """Avalanche's joint training, which sees the data often enough to be worth a faster loader."""
+
+    def make_train_dataloader(self, **kwargs: Any) -> None:
+        self.dataloader = _TensorBatches(self.adapted_dataset, self.train_mb_size)
+
+
+def run_joint(
+    stream: Stream, seed: int, progress: Progress, training: Training, passes: int
+) -> Cell:
+    """After each experience a new network, trained on everything so far: the upper bound."""
+    run = _Run(stream, progress)
+    untrained: list[float] | None = None
+    for i in range(stream.num_experiences):
+        model = mlp(stream, training.hidden)
+        experiences = list(run.benchmark.train_stream)[: i + 1]
+        count = sum(len(experience.dataset) for experience in experiences)
+        batches = math.ceil(count / training.batch_size)
+        strategy = _Joint(
+            model=model,
+            optimizer=torch.optim.Adam(model.parameters(), lr=training.learning_rate),
+            criterion=nn.CrossEntropyLoss(),
+            train_mb_size=training.batch_size,
+            # As many steps as the incremental methods have had by now, if that is more.
+            train_epochs=max(passes, math.ceil(training.min_steps * (i + 1) / batches)),
+            plugins=[run.reporter],
+            **run.common(),
+        )
+        untrained = untrained or run.evaluate(strategy)
+        run.train(strategy, experiences)
+    memory = Memory(model=_weights(model), examples=count * stream.bytes_per_example)
+    return Cell(
+        run.matrix, run.seconds, parameter_count(model), memory, untrained_accuracy=untrained
+    )
+
+
+def run_ridge(stream: Stream, seed: int, progress: Progress, ridge: float) -> Cell:
+    """One closed-form head on random-patch features, by one pass over the stream."""
+    from growmoe.continual.ridge import RidgeHead, StreamingRidge
+
+    run = _Run(stream, progress)
+    features = RandomPatchFeatures.for_images(*stream.image_shape[1:])
+    head = RidgeHead.zeros(features.num_features, stream.num_classes, ridge)
+    strategy = StreamingRidge(
+        features=features,
+        head=head,
+        generator=torch.Generator().manual_seed(seed),
+        train_mb_size=500,
+        plugins=[run.reporter],
+        **run.common(),
+    )
+    for experience in run.benchmark.train_stream:
+        run.train(strategy, experience)
+    memory = Memory(
+        model=tensor_bytes(head.W_DK),
+        buffers=features.memory_bytes,
+        statistics=tensor_bytes(head.G_DD, head.C_DK),
+    )
+    return Cell(run.matrix, run.seconds, head.W_DK.numel(), memory)

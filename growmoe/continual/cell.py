@@ -1,0 +1,69 @@
+"""One cell of the bench: what one method did on one stream with one seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a method keeps from one experience to the next, in bytes.
+
+    Attributes:
+        model: parameters.
+        buffers: fixed tensors that the method needs to run, such as random filters or an old model.
+        statistics: what is gathered from the data, such as importances or Gram matrices.
+        examples: stored images and labels, as the stream has them: a byte a pixel and a label.
+    """
+
+    model: int = 0
+    buffers: int = 0
+    statistics: int = 0
+    examples: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.model + self.buffers + self.statistics + self.examples
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The result of one method on one stream with one seed.
+
+    Attributes:
+        accuracy_matrix: R[i][j], accuracy from 0 to 1 on experience j after training on i.
+        seconds: wall time of training, without evaluation.
+        parameters: learned numbers that a prediction uses, at the end.
+        memory: what is kept, in bytes, at the end.
+        untrained_accuracy: accuracy on each experience before any training, or None.
+        lineage: what was born, merged, frozen and removed, for a method that grows.
+        load_history: [{"step": int, "load": {expert id: share of the inputs}}], likewise.
+        extras: anything else worth keeping, as JSON.
+    """
+
+    accuracy_matrix: list[list[float]]
+    seconds: float
+    parameters: int
+    memory: Memory
+    untrained_accuracy: list[float] | None = None
+    lineage: list[dict[str, Any]] | None = None
+    load_history: list[dict[str, Any]] | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.memory.total
+
+
+def tensor_bytes(*tensors: torch.Tensor) -> int:
+    """The bytes that the numbers of these tensors take."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """The numbers that the model learns."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,89 @@
+"""The table of a bench: for the terminal and, as Markdown, for a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from growmoe.continual import require
+
+_COLUMNS = (
+    "method",
+    "seeds",
+    "final acc.",
+    "avg. inc.",
+    "forgetting",
+    "memory MB",
+    "seconds",
+)
+
+
+def _percent(value: Mapping[str, float | None]) -> str:
+    if value["mean"] is None:
+        return "–"
+    text = f"{100 * value['mean']:.1f}"
+    return text if value["ci95"] is None else f"{text} ± {100 * value['ci95']:.1f}"
+
+
+def _rows(results: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, entry in results["methods"].items():
+        rows.append(
+            [
+                name,
+                str(len(entry["seeds"])),
+                _percent(entry["final_accuracy"]),
+                _percent(entry["average_incremental_accuracy"]),
+                _percent(entry["forgetting"]),
+                f"{entry['memory_bytes']['mean'] / 1e6:.2f}",
+                f"{entry['seconds']['mean']:.1f}",
+            ]
+        )
+    return rows
+
+
+def _note(results: Mapping[str, Any]) -> str:
+    several = any(len(entry["seeds"]) > 1 for entry in results["methods"].values())
+    return (
+        "Percent"
+        + (", mean ± 95% confidence interval over seeds" if several else "")
+        + "; memory is all that is kept between experiences (1 MB = 1,000,000 bytes), seconds are "
+        "of training."
+    )
+
+
+def markdown_table(results: Mapping[str, Any]) -> str:
+    """The table of `results` (the content of results.json) as Markdown."""
+    rows = [list(_COLUMNS), *_rows(results)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+
+    def line(row: list[str]) -> str:
+        cells = [
+            row[0].ljust(widths[0]),
+            *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+        ]
+        return "| " + " | ".join(cells) + " |"
+
+    lines = [line(rows[0]), line(rule), *(line(row) for row in rows[1:])]
+    title = f"# {results['stream']}"
+    return "\n".join([title, "", *lines, "", _note(results), ""])
+
+
+def print_table(results: Mapping[str, Any], console: Any = None) -> None:
+    """Print the table of `results` to a rich console, by default one on standard output.
+
+    Raises:
+        ImportError: rich is not installed.
+    """
+    box, rich_table = require("rich.box"), require("rich.table")
+    console = console or require("rich.console").Console()
+    drawn = rich_table.Table(
+        title=results["stream"], title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for i, column in enumerate(_COLUMNS):
+        drawn.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
+    for row in _rows(results):
+        drawn.add_row(*row)
+    console.print(drawn)
+    console.print(_note(results), style="dim", highlight=False)

@@ -1,0 +1,220 @@
+"""The baselines: what they learn, what they keep, and that Avalanche measures the same."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from growmoe.continual import METHODS, load, metrics
+from growmoe.continual.features import RandomPatchFeatures
+from growmoe.continual.streams import Data, class_incremental
+
+pytest.importorskip("avalanche")
+
+from growmoe.continual import baselines
+from growmoe.continual.ridge import RidgeHead
+
+FAST = baselines.Training(hidden=32, min_steps=10)
+
+
+def silent(fraction, text):
+    assert 0 <= fraction <= 1 and isinstance(text, str)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("split-digits", seed=0)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Six classes of 8x8 images, each a bright row of its own; uneven test counts."""
+    rng = np.random.default_rng(0)
+
+    def images(counts):
+        labels = np.repeat(np.arange(6), counts)
+        pixels = rng.integers(0, 60, (len(labels), 1, 8, 8))
+        pixels[np.arange(len(labels)), 0, labels] += 150
+        return torch.from_numpy(pixels.astype(np.uint8)), torch.from_numpy(labels)
+
+    data = Data(*images([30] * 6), *images([5, 10, 15, 20, 25, 30]), white=255)
+    return class_incremental("tiny", data, seed=0, num_experiences=3)
+
+
+def test_every_method_is_described_in_a_line_and_its_settings_are_json():
+    for name, method in METHODS.items():
+        assert len(f"{name:<8}{method.description}") <= 80
+        assert method.settings and json.loads(json.dumps(dict(method.settings)))
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_fills_its_cell(tiny, name):
+    torch.manual_seed(0)
+    cell = METHODS[name].run(tiny, 0, silent) if name == "ridge" else run_fast(name, tiny)
+    matrix = np.array(cell.accuracy_matrix)
+    assert matrix.shape == (3, 3) and (matrix >= 0).all() and (matrix <= 1).all()
+    assert cell.seconds > 0 and cell.parameters > 0 and cell.memory.model == 4 * cell.parameters
+    assert cell.memory_bytes == sum(dataclasses.asdict(cell.memory).values())
+    json.dumps(dataclasses.asdict(cell))
+
+
+def run_fast(name, stream, training=FAST):
+    options = {
+        k: v
+        for k, v in METHODS[name].settings.items()
+        if k not in dataclasses.asdict(baselines.Training())
+    }
+    return getattr(baselines, f"run_{name}")(stream, 0, silent, training, **options)
+
+
+def test_memory_counts_what_each_method_keeps(tiny):
+    parameters = 64 * 32 + 32 + 32 * 32 + 32 + 32 * 6 + 6
+    naive, ewc, lwf, joint = (run_fast(n, tiny) for n in ("naive", "ewc", "lwf", "joint"))
+    replay = baselines.run_replay(tiny, 0, silent, FAST, exemplars=30)
+    assert naive.parameters == parameters
+    assert naive.memory_bytes == 4 * parameters
+    assert ewc.memory.statistics == 3 * 2 * 4 * parameters  # importances, old weights; 3 times
+    assert lwf.memory.buffers == 4 * parameters
+    assert replay.memory.examples == 30 * (64 + 1)
+    assert joint.memory.examples == 180 * (64 + 1)
+
+
+def test_nothing_against_forgetting_forgets_and_replay_does_not(digits):
+    training = baselines.Training(min_steps=40)
+    torch.manual_seed(0)
+    naive = run_fast("naive", digits, training).accuracy_matrix
+    torch.manual_seed(0)
+    replay = run_fast("replay", digits, training).accuracy_matrix
+    assert metrics.final_accuracy(naive) < 0.3 < 0.85 < metrics.final_accuracy(replay)
+    assert metrics.forgetting(naive) > 0.8
+
+
+def test_the_same_seed_gives_the_same_matrix(tiny):
+    matrices = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        matrices.append(run_fast("replay", tiny).accuracy_matrix)
+    assert matrices[0] == matrices[1]
+
+
+def test_metrics_equal_avalanches_where_both_define_them(tiny):
+    """Accuracy over all test images; and forgetting, where the best is right after learning."""
+    from avalanche.evaluation.metrics import accuracy_metrics, bwt_metrics, forgetting_metrics
+    from avalanche.training.plugins import EvaluationPlugin
+    from avalanche.training.supervised import Naive
+
+    torch.manual_seed(0)
+    model = baselines.mlp(tiny, 32)
+    benchmark = tiny.benchmark()
+    evaluator = EvaluationPlugin(
+        accuracy_metrics(experience=True, stream=True),
+        forgetting_metrics(stream=True),
+        bwt_metrics(stream=True),
+        loggers=[],
+    )
+    strategy = Naive(
+        model=model,
+        optimizer=torch.optim.Adam(model.parameters(), lr=1e-2),
+        train_mb_size=8,
+        train_epochs=10,
+        eval_mb_size=50,
+        evaluator=evaluator,
+    )
+    matrix = []
+    for experience in benchmark.train_stream:
+        strategy.train(experience, eval_streams=[])
+        found = strategy.eval(benchmark.test_stream)
+        exp = "Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp{:03d}"
+        matrix.append([found[exp.format(j)] for j in range(3)])
+    assert (np.argmax(matrix, axis=0)[:2] == [0, 1]).all()  # else the definitions differ
+    stream_accuracy = found["Top1_Acc_Stream/eval_phase/test_stream/Task000"]
+    assert metrics.final_accuracy(matrix, tiny.test_counts) == pytest.approx(stream_accuracy)
+    assert metrics.forgetting(matrix) == pytest.approx(
+        found["StreamForgetting/eval_phase/test_stream"]
+    )
+    assert metrics.backward_transfer(matrix) == pytest.approx(
+        found["StreamBWT/eval_phase/test_stream"]
+    )
+
+
+def test_ridge_head_equals_least_squares_in_one_go_and_in_any_order():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(200, 7, generator=generator)
+    y = torch.randint(0, 4, (200,), generator=generator)
+    ones = torch.cat([x, torch.ones(200, 1)], 1).double()
+    penalty = 0.01 * ones.square().sum() / 8 * torch.eye(8, dtype=torch.double)
+    target = torch.nn.functional.one_hot(y, 4).double()
+    expected = torch.linalg.solve(ones.T @ ones + penalty, ones.T @ target)
+    for order in (torch.arange(200), torch.randperm(200, generator=generator)):
+        head = RidgeHead.zeros(7, 4, ridge=0.01)
+        for part in order.split(33):
+            head.add(x[part], y[part])
+        head.solve()
+        torch.testing.assert_close(head.W_DK.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ridge_ends_the_same_whatever_the_class_order(digits):
+    images, labels = digits.train_images(), digits.data.train_labels
+    features = RandomPatchFeatures(filters=8, patch_size=3)
+    features.fit(images, torch.Generator().manual_seed(0))
+    tested = features(digits.test_images())
+    answers = []
+    for index in (digits.train_index, digits.train_index[::-1]):
+        head = RidgeHead.zeros(features.num_features, 10, ridge=1e-3)
+        for part in index:
+            head.add(features(images[part]), labels[part])
+        head.solve()
+        answers.append(head(tested).argmax(1))
+    assert (answers[0] == answers[1]).float().mean() > 0.99
+    assert (answers[0] == digits.data.test_labels).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("size", [8, 28])
+def test_features_are_what_a_loop_over_patches_gives(size):
+    images = torch.rand(3, 1, size, size, generator=torch.Generator().manual_seed(1))
+    features = RandomPatchFeatures.for_images(size, size)
+    features.fit(images, torch.Generator().manual_seed(0))
+    found = features(images)
+    assert found.shape == (3, features.num_features) and found.dtype == torch.float32
+    side, grid = features.patch_size, features.grid
+    places = size - side + 1
+    image = images[1, 0].double()
+    above = torch.zeros(features.filters, places, places, dtype=torch.double)
+    below = torch.zeros_like(above)
+    for i in range(places):
+        for j in range(places):
+            patch = image[i : i + side, j : j + side].flatten()
+            patch = patch - patch.mean()
+            patch = patch / (patch.square().mean() + features.contrast).sqrt()
+            z = features.weight.double().flatten(1) @ patch + features.bias.double()
+            above[:, i, j] = (z - features.threshold).clamp(min=0)
+            below[:, i, j] = (-z - features.threshold).clamp(min=0)
+    pooled = [torch.nn.functional.adaptive_avg_pool2d(s, grid).flatten() for s in (above, below)]
+    torch.testing.assert_close(found[1].square().double(), torch.cat(pooled), rtol=1e-3, atol=1e-5)
+
+
+def test_features_depend_on_the_first_images_and_the_generator_alone():
+    images = torch.rand(20, 1, 12, 12, generator=torch.Generator().manual_seed(1))
+    options = {"filters": 4, "patch_size": 3, "fit_images": 10, "fit_patches": 100}
+    first = RandomPatchFeatures(**options).fit(images, torch.Generator().manual_seed(0))
+    again = RandomPatchFeatures(**options).fit(images[:10], torch.Generator().manual_seed(0))
+    other = RandomPatchFeatures(**options).fit(images, torch.Generator().manual_seed(1))
+    assert torch.equal(first.weight, again.weight)
+    assert not torch.equal(first.weight, other.weight)
+
+
+def test_features_of_blank_images_are_finite():
+    features = RandomPatchFeatures.for_images(8, 8)
+    features.fit(torch.zeros(5, 1, 8, 8), torch.Generator().manual_seed(0))
+    assert features(torch.zeros(2, 1, 8, 8)).isfinite().all()
+
+
+def test_features_refuse_what_they_cannot_take():
+    with pytest.raises(RuntimeError, match="fitted"):
+        RandomPatchFeatures()(torch.zeros(1, 1, 28, 28))
+    with pytest.raises(ValueError, match=r"\[N, 1, H, W\]"):
+        RandomPatchFeatures().fit(torch.zeros(1, 3, 28, 28), torch.Generator())
+    with pytest.raises(ValueError, match="at least 6"):
+        RandomPatchFeatures().fit(torch.zeros(1, 1, 5, 5), torch.Generator())

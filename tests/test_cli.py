@@ -1,0 +1,163 @@
+"""The command line: one line for a mistake, plain text in a pipe, 80 columns."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("typer")
+
+from growmoe import cli
+from growmoe.continual.cell import Cell, Memory
+from growmoe.continual.methods import METHODS, Method
+from growmoe.continual.streams import STREAMS
+
+
+def good(stream, seed, progress):
+    count = stream.num_experiences
+    matrix = [[0.8 if j <= i else 0.0 for j in range(count)] for i in range(count)]
+    return Cell(matrix, 1.0, 10, Memory(model=40))
+
+
+def bad(stream, seed, progress):
+    raise RuntimeError("it broke")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setitem(METHODS, "good", Method("always 80%", good, {"a": 1}))
+    monkeypatch.setitem(METHODS, "bad", Method("always fails", bad, {"a": 1}))
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert "\x1b" not in out + err
+        assert "Traceback" not in err
+        return stopped.value.code, out, err
+
+    return call
+
+
+def test_bench_prints_the_table_and_where_the_files_are(run, tmp_path):
+    code, out, err = run(
+        "bench", "split-digits", "--methods", "good", "--seeds", 2, "--output", tmp_path / "o"
+    )
+    assert code == 0
+    assert "good" in out and "80.0 ± 0.0" in out and "results.json" in out
+    assert "good seed 1: final accuracy 80.0%" in err
+    table = out.split("written:")[0]
+    assert max(map(len, table.splitlines())) <= 80
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert [cell["seed"] for cell in results["methods"]["good"]["seeds"]] == [0, 1]
+
+
+def test_the_first_seed_can_be_chosen(run, tmp_path):
+    run("bench", "split-digits", "--methods", "good", "--first-seed", 5, "--output", tmp_path)
+    assert (tmp_path / "cells" / "good-seed5.json").exists()
+
+
+def test_a_failed_cell_gives_exit_code_1_after_the_table(run, tmp_path):
+    code, out, err = run("bench", "split-digits", "--methods", "bad,good", "--output", tmp_path)
+    assert code == 1
+    assert "80.0" in out
+    assert "growmoe: bad seed 0 failed: RuntimeError: it broke" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "split-digit"], "no stream 'split-digit': did you mean split-digits"),
+        (["bench", "split-digits", "--methods", "repaly"], "did you mean replay"),
+        (["bench", "split-digits", "--methods", "zzz"], "choose from naive, replay"),
+        (["bench", "split-digits", "--seeds", "0"], "--seeds"),
+        (["bench", "split-digits", "--seeds", "many"], "--seeds"),
+        (["bench"], "STREAM"),
+        (["banch"], "banch"),
+        (["bench", "split-mnist", "--methods", "good", "--data-dir", "DATA"], "magic number"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, arguments, message):
+    for kind in ("train", "t10k"):
+        (tmp_path / f"{kind}-images-idx3-ubyte").write_bytes(b"nonsense, not an IDX file")
+        (tmp_path / f"{kind}-labels-idx1-ubyte").write_bytes(b"nonsense, not an IDX file")
+    arguments = [str(tmp_path) if a == "DATA" else a for a in arguments]
+    if arguments[0] == "bench" and len(arguments) > 1:
+        arguments += ["--output", tmp_path / "out"]
+    code, out, err = run(*arguments)
+    assert code == 2 and message in err and out == ""
+    assert len(err.splitlines()) == 1 and err.startswith("growmoe: ")
+
+
+def test_a_folder_of_another_stream_is_one_line(run, tmp_path):
+    run("bench", "split-digits", "--methods", "good", "--output", tmp_path)
+    path = tmp_path / "cells" / "good-seed0.json"
+    from growmoe.continual import store
+
+    record = store.read_cell(path)
+    record["stream"] = "split-mnist"
+    record["checksum"] = store._checksum(record)
+    path.write_text(json.dumps(record))
+    code, _, err = run("bench", "split-digits", "--methods", "good", "--output", tmp_path)
+    assert code == 2 and "holds a bench of split-mnist" in err and len(err.splitlines()) == 1
+
+
+def test_streams_and_methods_are_listed_in_80_columns(run):
+    for command, known in (("streams", STREAMS), ("methods", METHODS)):
+        code, out, _ = run(command)
+        assert code == 0
+        lines = out.splitlines()
+        assert [line.split()[0] for line in lines] == list(known)
+        assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["bench", "--help"], []])
+def test_help_fits_80_columns(run, arguments):
+    code, out, err = run(*arguments)
+    assert code in (0, 2) and "bench" in out + err
+    assert max(map(len, (out + err).splitlines())) <= 80
+
+
+def test_the_version_is_one_line(run):
+    code, out, _ = run("--version")
+    assert code == 0 and out.startswith("growmoe ") and out.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_module_runs_and_gives_its_version():
+    found = subprocess.run(
+        [sys.executable, "-m", "growmoe", "--version"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TERM": "dumb"},
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("growmoe ")
+
+
+@pytest.mark.slow
+def test_a_missing_package_is_one_line_that_names_the_extra():
+    code = (
+        "import sys; sys.modules['typer'] = None; "
+        "from growmoe.__main__ import main; sys.argv = ['growmoe']; main()"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 2
+    assert "pip install 'growmoe[continual]'" in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_real_methods_run_from_the_command_line(tmp_path):
+    command = ["bench", "split-digits", "--methods", "naive,ridge", "--output", str(tmp_path)]
+    found = subprocess.run(
+        [sys.executable, "-m", "growmoe", *command], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert "Warning" not in found.stdout + found.stderr
+    methods = json.loads((tmp_path / "results.json").read_text())["methods"]
+    assert methods["naive"]["final_accuracy"]["mean"] < 0.3
+    assert methods["ridge"]["final_accuracy"]["mean"] > 0.9
