@@ -139,7 +139,7 @@ def load(
         for group, new in zip(o.param_groups, groups, strict=True):
             group.update(new)
         o.state.clear()
-        o.state.update(state)
+        o.state.update(state)  # type: ignore[arg-type]
     if organizer is not None:
         organizer.load_state_dict(content["organizer"])
     if scheduler is not None:
@@ -278,6 +278,8 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
+        while where in tensors:  # {"a/b": …} beside {"a": {"b": …}}
+            where += "'"
         tensors[where] = value.detach().cpu().contiguous().clone()
         return {"tensor": where}
     if isinstance(value, dict):
@@ -312,6 +314,8 @@ def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
     crc = zlib.crc32(text.encode())
     for name in sorted(tensors):
         raw = tensors[name].reshape(-1).view(torch.uint8) if tensors[name].numel() else None
+        kind = f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}"
+        crc = zlib.crc32(kind.encode(), crc)
         crc = zlib.crc32(b"" if raw is None else raw.numpy(), crc)  # type: ignore[arg-type]
     return f"{crc:08x}"
 
@@ -344,6 +348,6 @@ def _read(path: Path) -> dict[str, Any]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is torn or no checkpoint: {error}") from error
-    if _checksum(metadata["content"], tensors) != metadata["checksum"]:
+    if _checksum(metadata.get("content", ""), tensors) != metadata.get("checksum"):
         raise ValueError(f"{path} is damaged: its checksum is wrong")
     return _decode(json.loads(metadata["content"]), tensors)

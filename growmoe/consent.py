@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ def evidence_of(layer: MoE, expert: Expert) -> Tensor | None:
     hits = expert.statistics["hits"]
     if hits < MIN_ROWS:
         return None
+    if not layer.evidence_rows and hasattr(expert.body, "sample"):
+        return cast(Any, expert.body).sample(32, layer.generator)  # it knows its inputs better
     view = expert.statistics.view()
     if layer.evidence_rows:
         return view.evidence[: evidence_count(hits, layer.evidence_rows)]
@@ -59,17 +62,21 @@ def output_change(
             )
     worst = 0.0
     before = list(layer.experts.values())
-    dtype = next((p.dtype for p in layer.experts.parameters()), torch.get_default_dtype())
     with evaluating(layer):
         for expert in before:
             rows = evidence_of(layer, expert)
             if rows is None:
                 continue
-            rows = rows.to(dtype)
+            rows = rows.to(weight_dtype(layer))
             y = layer.output_of(rows, before).double()
             gap = layer.output_of(rows, sorted(after, key=lambda e: e.id)).double() - y
             worst = max(worst, float(gap.norm() / y.norm().clamp_min(1e-12)))
     return worst, ""
+
+
+def weight_dtype(layer: MoE) -> torch.dtype:
+    """The dtype that the layer's inputs must have."""
+    return next((p.dtype for p in layer.experts.parameters()), torch.float32)
 
 
 @contextmanager

@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+_DEPTH = 20  # generations that a drawn tree indents
 Act = Literal["init", "spawn", "merge", "prune", "freeze", "thaw"]
 
 
@@ -62,6 +63,8 @@ class Event:
     def from_json(cls, data: dict[str, Any]) -> Event:
         """Raises ValueError if `data` is not an event."""
         try:
+            if data["act"] not in get_args(Act):
+                raise TypeError(f"unknown act {data['act']!r}")
             data = {**data, "ids": tuple(data["ids"]), "parents": tuple(data["parents"])}
             return cls(**data)
         except (KeyError, TypeError) as error:
@@ -157,16 +160,16 @@ class Lineage:
             return f"{id} ({born}, {state})"
 
         # a loop, not a recursion: a line of descent may be thousands long
-        stack = [(id, "", "", "") for id in reversed(children.get(None, []))]
+        stack = [(id, "", "", 0) for id in reversed(children.get(None, []))]
         while stack:
-            id, prefix, branch, below = stack.pop()
-            lines.append(prefix + branch + describe(id))
+            id, above, branch, depth = stack.pop()
+            deeper = f"({depth - _DEPTH} levels deeper) " if depth > _DEPTH else ""
+            lines.append(above + deeper + branch + describe(id))
             young = children.get(id, [])
+            if 0 < depth < _DEPTH:
+                above += "│  " if branch == "├─ " else "   "
             for i, child in reversed(list(enumerate(young))):
-                last = i == len(young) - 1
-                stack.append(
-                    (child, prefix + below, "└─ " if last else "├─ ", "   " if last else "│  ")
-                )
+                stack.append((child, above, "└─ " if i == len(young) - 1 else "├─ ", depth + 1))
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -22,24 +23,19 @@ def refuse_unseen_optimizers(layer: nn.Module, seen: Sequence[Optimizer]) -> Non
     def unseen() -> list[Optimizer]:
         return [
             o
-            for o in gc.get_objects()
-            if type(o).__module__ != "builtins"
-            and issubclass(type(o), Optimizer)
-            and not any(o is s for s in seen)
-            and any(
-                id(p) in mine
-                for group in o.__dict__.get("param_groups", ())
-                for p in group["params"]
-            )
+            for o in _alive(Optimizer)
+            if not any(o is s for s in seen)
+            and any(id(p) in mine for g in getattr(o, "param_groups", ()) for p in g["params"])
         ]
 
-    if unseen():
-        gc.collect()  # one that is only waiting to be collected does not count
-        for optimizer in unseen():
-            raise ValueError(
-                f"a {type(optimizer).__name__} optimizer trains this layer: pass it as optimizer=, "
-                "so that it learns of the change (growmoe.load takes one, load_state_dict cannot)"
-            )
+    if not mine or not unseen():
+        return
+    gc.collect()  # one that is only waiting to be collected does not count
+    for optimizer in unseen():
+        raise ValueError(
+            f"a {type(optimizer).__name__} optimizer trains this layer: pass it as optimizer=, "
+            "so that it learns of the change (growmoe.load takes one, load_state_dict cannot)"
+        )
 
 
 def refuse_parallel_wrappers(layer: nn.Module) -> None:
@@ -48,23 +44,35 @@ def refuse_parallel_wrappers(layer: nn.Module) -> None:
     Raises:
         ValueError: the layer lies in DistributedDataParallel or FSDP.
     """
-    from torch.distributed import is_available
+    from torch import distributed
 
-    if not is_available():
-        return
+    if not distributed.is_available() or not distributed.is_initialized():
+        return  # neither wrapper works without a process group
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel
 
-    wrappers = (DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
+    wrappers = [
+        *_alive(DistributedDataParallel),
+        *_alive(FullyShardedDataParallel),
+        *_alive(FSDPModule),
+    ]
     sharded = any(isinstance(p, DTensor) for p in layer.parameters())
-    wrapped = sharded or any(
-        issubclass(type(o), wrappers) and any(m is layer for m in o.modules())
-        for o in gc.get_objects()
-        if type(o).__module__ != "builtins"
-    )
-    if wrapped:
+    if sharded or any(m is layer for w in wrappers for m in w.modules()):
         raise ValueError(
             "the layer is wrapped in DistributedDataParallel or FSDP, which keeps its own list of "
             "the parameters and would not learn of the change; change the structure before wrapping"
         )
+
+
+def _alive(cls: type) -> list[Any]:
+    """All instances of a class that the garbage collector knows."""
+    classes: set[type] = set()
+    todo = [cls]
+    while todo:
+        c = todo.pop()
+        if c not in classes:
+            classes.add(c)
+            todo.extend(c.__subclasses__())
+    # not isinstance, which is many times slower over a million objects
+    return [o for o in gc.get_objects() if type(o) in classes]

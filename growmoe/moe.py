@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from growmoe.assignment import Assignment
 from growmoe.experts.bank import ExpertBank, run_each
-from growmoe.experts.expert import Expert, fresh_body, kind_of
+from growmoe.experts.expert import Expert, fresh_body, kind_of, seeded
 from growmoe.experts.ffn import FFN
 from growmoe.experts.statistics import Statistics
 from growmoe.lineage import Event, Lineage
@@ -84,6 +84,8 @@ class MoE(nn.Module):
             raise ValueError(f"warmup must be at least 1, got {warmup!r}")
         if evidence not in ("inputs", "moments"):
             raise ValueError(f"evidence must be 'inputs' or 'moments', got {evidence!r}")
+        if d_out is not None and (not isinstance(d_out, int) or d_out < 1):
+            raise ValueError(f"d_out must be a positive integer, got {d_out!r}")
         self.d_model, self.d_out = d_model, d_out or d_model
         self.router = TopK() if router is None else router
         if num_experts < self.router.min_experts:
@@ -140,12 +142,12 @@ class MoE(nn.Module):
         out_RO = self.experts(x_TD, routing.assignment)
         y_TO = routing.assignment.combine(out_RO)
         if self.shared is not None:
-            y_TO = y_TO + self.shared(x_TD)
+            y_TO = y_TO + self._run_shared(x_TD)
         if self.training and not torch.is_inference_mode_enabled():
-            self._aux = self.balance_loss * balance_loss(
-                routing.probs_TE, routing.assignment
-            ) + self.z_loss * z_loss(routing.logits_TE)
+            aux = self._auxiliary(routing)
             if not _recomputing():
+                self._aux = aux
+            if not _recomputing() and not _transforming():
                 self.steps += 1
                 self.recorder.observe(
                     experts,
@@ -153,6 +155,7 @@ class MoE(nn.Module):
                     _detached(routing.assignment),
                     out_RO.detach(),
                     self.generator,
+                    routing.candidates_TE,
                 )
         return y_TO.reshape(*x.shape[:-1], self.d_out)
 
@@ -177,6 +180,23 @@ class MoE(nn.Module):
             run_each(experts, routing.assignment.dispatch(x_TD), routing.assignment, self.d_out)
         )
 
+    def _run_shared(self, x_TD: Tensor) -> Tensor:
+        y_TO: Tensor = self.shared(x_TD)  # type: ignore[misc]
+        if y_TO.shape != (len(x_TD), self.d_out):
+            raise ValueError(
+                f"{self.name}: the shared expert mapped {tuple(x_TD.shape)} to "
+                f"{tuple(y_TO.shape)}, expected {(len(x_TD), self.d_out)}"
+            )
+        return y_TO
+
+    def _auxiliary(self, routing: Routing) -> Tensor | None:
+        losses = []
+        if self.balance_loss:
+            losses.append(self.balance_loss * balance_loss(routing.probs_TE, routing.assignment))
+        if self.z_loss:
+            losses.append(self.z_loss * z_loss(routing.logits_TE))
+        return torch.stack(losses).sum() if losses else None
+
     def aux_loss(self) -> Tensor | None:
         """The auxiliary loss of the last training forward, once; None if there was none since."""
         aux, self._aux = self._aux, None
@@ -188,6 +208,8 @@ class MoE(nn.Module):
                 f"{self.name}: input has shape {tuple(x.shape)}, "
                 f"its last dimension must be d_model={self.d_model}"
             )
+        if not x.is_floating_point():
+            raise ValueError(f"{self.name}: input is {x.dtype}, it must be floating point")
         if x.device.type == "cpu" and not _plain_finite(x):
             bad = int((~x.isfinite()).sum())
             raise ValueError(f"{self.name}: {bad} of {x.numel()} input values are NaN or infinite")
@@ -243,15 +265,19 @@ class MoE(nn.Module):
         device = device or (example.device if example is not None else torch.get_default_device())
         dtype = dtype or (example.dtype if example is not None else torch.get_default_dtype())
         if isinstance(template, nn.Module):
-            return fresh_body(
-                template, self.d_model, self.d_out, self.generator, torch.device(device), dtype
-            )
-        body = template()
+            body = template
+        else:
+            with seeded(self.generator):
+                body = template()
         if not isinstance(body, nn.Module):
             raise ValueError(f"expert: the function built {body!r}, which is no module")
-        if type(body) is FFN and body.d_model is None:
-            return fresh_body(
+        if body is template or (type(body) is FFN and body.d_model is None):
+            body = fresh_body(
                 body, self.d_model, self.d_out, self.generator, torch.device(device), dtype
+            )
+        if type(body) is FFN and (body.d_model, body.d_out) != (self.d_model, self.d_out):
+            raise ValueError(
+                f"expert: {body} does not map d_model={self.d_model} to d_out={self.d_out}"
             )
         return body.to(device=device, dtype=dtype)
 
@@ -266,12 +292,14 @@ class MoE(nn.Module):
         state = dict(self.__dict__)
         state["_aux"] = None
         state["generator"] = self.generator.get_state()
+        del state["_entries"]  # functions, which cannot be pickled; the router gives them again
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         generator = torch.Generator()
         generator.set_state(state["generator"])
         super().__setstate__({**state, "generator": generator})
+        self._entries = self.router.entries(self.d_model)
 
     def get_extra_state(self) -> dict[str, Any]:
         return {
@@ -339,7 +367,9 @@ class MoE(nn.Module):
                             f"{self.name}: expert {id} is a {kind}, which is not known here; pass "
                             f"experts={{{kind!r}: function that builds one}} to growmoe.load"
                         )
-                    maker = FFN(**state["config"]) if kind == "FFN" else makers[kind]
+                    maker = makers[kind]
+                    if kind == "FFN":  # a template, whose weights nobody needs
+                        maker = FFN(**state["config"], generator=torch.Generator())
                     mine = self.newborn(maker)
                     mine.id = id
                 experts.append(mine)
@@ -414,6 +444,11 @@ def _detached(a: Assignment) -> Assignment:
 def _recomputing() -> bool:
     """Whether a backward is running: activation checkpointing repeats forwards in it."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _transforming() -> bool:
+    """Whether a functorch transform is at work, under which records cannot be written."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _plain_finite(x: Tensor) -> bool:

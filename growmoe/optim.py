@@ -6,7 +6,7 @@ Parameters are followed by identity. What each state entry means is stated once,
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -123,48 +123,81 @@ def welcome(
             step and the mean second moment of its siblings.
         siblings: the layer's other experts.
     """
+    relatives = [*([] if parent is None else [parent]), *siblings]
     for name, p in newborn.learned().items():
-        models = [parent] if parent is not None else []
-        relatives = [*models, *siblings]
-        for optimizer in optimizers:
-            place = _place(optimizer, name, relatives)
-            if place is None:
-                continue
-            group, index, relative, relative_name = place
-            # every list that runs along with params, such as param_names, grows with it
-            for key, value in group.items():
-                if (
-                    key != "params"
-                    and isinstance(value, list)
-                    and len(value) == len(group["params"])
-                ):
-                    old = value[index]
-                    if key == "param_names":
-                        old = old.replace(
-                            f"experts.{relative.id}.{relative_name}", f"experts.{newborn.id}.{name}"
-                        )
-                    value.append(old)
+        for place in _places(optimizers, name, p, relatives):
+            optimizer, group, index, relative, relative_name = place
+            for key, value in _parallel_lists(optimizer, group):
+                old = value[index]
+                if key == "param_names":
+                    old = old.replace(
+                        f"experts.{relative.id}.{relative_name}", f"experts.{newborn.id}.{name}"
+                    )
+                value.append(old)
             group["params"].append(p)
             state = _inherit(optimizer, name, p, parent, siblings)
             if state:
                 optimizer.state[p] = state
 
 
-def _place(
-    optimizer: Optimizer, name: str, relatives: Sequence[Expert]
-) -> tuple[dict[str, Any], int, Expert, str] | None:
-    """The group in which a relative's parameter of that name lies, else any of its kind."""
+Place = tuple[Optimizer, dict[str, Any], int, Expert, str]
+
+
+def _places(
+    optimizers: Sequence[Optimizer], name: str, p: nn.Parameter, relatives: Sequence[Expert]
+) -> list[Place]:
+    """In each optimizer, the group in which a relative's parameter of that name lies.
+
+    A parameter that no relative has, of a newborn of another kind, goes where the relatives keep
+    what is most like it.
+    """
     where = {
-        id(p): (group, i) for group in optimizer.param_groups for i, p in enumerate(group["params"])
+        (id(o), id(q)): (o, group, i)
+        for o in optimizers
+        for group in o.param_groups
+        for i, q in enumerate(group["params"])
     }
-    room = name.split(".")[0]
-    for same_name in (True, False):
+
+    def first(o: Optimizer, like: Callable[[str, nn.Parameter], bool]) -> list[Place]:
         for relative in relatives:
-            for other, p in relative.learned().items():
-                alike = other == name if same_name else other.split(".")[0] == room
-                if alike and id(p) in where:
-                    return *where[id(p)], relative, other
-    return None
+            for other, q in relative.learned().items():
+                if like(other, q) and (id(o), id(q)) in where:
+                    return [(*where[id(o), id(q)], relative, other)]
+        return []
+
+    if any(name in relative.learned() for relative in relatives):
+        return [place for o in optimizers for place in first(o, lambda other, _: other == name)]
+    room = _room(name)
+    for like in (
+        lambda other, q: _room(other) == room and q.dim() == p.dim(),
+        lambda other, q: _room(other) == room,
+        lambda other, q: q.dim() == p.dim(),
+    ):
+        for o in optimizers:
+            if isinstance(o, torch.optim.Muon) and p.dim() != 2:
+                continue  # it takes matrices alone
+            if place := first(o, like):
+                return place
+    return []
+
+
+def _room(name: str) -> str:
+    return name.split(".")[0]
+
+
+def _parallel_lists(optimizer: Optimizer, group: dict[str, Any]) -> list[tuple[str, list[Any]]]:
+    """The lists of a group that run along with its params, such as param_names."""
+    return [
+        (key, value)
+        for key, value in group.items()
+        if key != "params"
+        and key not in optimizer.defaults  # betas may be a list as well
+        and isinstance(value, list)
+        and len(value) == len(group["params"])
+    ]
+
+
+Source = tuple[nn.Parameter, dict[str, Any]]
 
 
 @torch.no_grad()
@@ -175,36 +208,59 @@ def _inherit(
     parent: Expert | None,
     siblings: Sequence[Expert],
 ) -> dict[str, Any]:
-    sources: list[dict[str, Any]] = []
-    for relatives in ([parent] if parent is not None else [], siblings):
-        for relative in relatives:
-            q = relative.learned().get(name)
-            if q is not None and q in optimizer.state and optimizer.state[q]:
-                sources.append(optimizer.state[q])
-        if sources:
-            break  # a parent with a history speaks alone
+    sources: list[Source] = []
+    if parent is not None:
+        sources = _sources(optimizer, name, [parent])  # one with a history speaks alone
+    sources = _contemporaries(sources or _sources(optimizer, name, siblings))
     if not sources:
         return {}
     meanings = _entries(optimizer) or {}
     state: dict[str, Any] = {}
-    for key, example in sources[0].items():
-        values = [s[key] for s in sources if s.get(key) is not None]
-        if not values:
+    for key, example in sources[0][1].items():
+        known = [(q, s) for q, s in sources if s.get(key) is not None]
+        if not known:
             state[key] = example
         elif meanings[key] == "clock":
-            state[key] = _median(values)
+            clock = known[0][1][key]
+            state[key] = clock.clone() if isinstance(clock, Tensor) else clock
         elif meanings[key] == "first":
             state[key] = _zeros(example, p)
         elif meanings[key] == "weight":
             state[key] = p.detach().clone()
         else:
-            state[key] = _mean(values, p)
+            mean = _mean(key, known, p)
+            if mean is None:
+                return {}
+            state[key] = mean
     return state
 
 
-def _median(values: list[Any]) -> Any:
-    middle = sorted(values, key=float)[(len(values) - 1) // 2]
-    return middle.clone() if isinstance(middle, Tensor) else middle
+def _sources(optimizer: Optimizer, name: str, relatives: Sequence[Expert]) -> list[Source]:
+    """What the optimizer keeps about the relatives' parameters of that name, else of that room."""
+    same_name = any(name in relative.learned() for relative in relatives)
+    return [
+        (q, optimizer.state[q])
+        for relative in relatives
+        for other, q in relative.learned().items()
+        if (other == name if same_name else _room(other) == _room(name)) and optimizer.state.get(q)
+    ]
+
+
+def _contemporaries(sources: list[Source]) -> list[Source]:
+    """The source of median step, then those within a factor of two of it.
+
+    A second moment fits only the clock it grew up with, so older and younger ones have no say.
+    """
+    if not all("step" in state for _, state in sources):
+        return sources
+    aged = sorted(sources, key=lambda source: float(source[1]["step"]))
+    middle = aged[(len(aged) - 1) // 2 :][:1]
+    return middle + [
+        source
+        for source in aged
+        if source[1] is not middle[0][1]
+        and 0.5 <= float(source[1]["step"]) / max(float(middle[0][1]["step"]), 1e-9) <= 2
+    ]
 
 
 def _zeros(example: Tensor, p: Tensor) -> Tensor:
@@ -212,32 +268,32 @@ def _zeros(example: Tensor, p: Tensor) -> Tensor:
     return torch.zeros(shape, dtype=example.dtype, device=example.device)
 
 
-def _mean(values: list[Tensor], p: Tensor) -> Tensor:
-    """The mean of the siblings' tensors of the newborn's shape, else of all their values."""
-    same = [v for v in values if v.shape == values[0].shape]
-    mean = torch.stack([v.double() for v in same]).mean(0)
-    example = values[0]
-    elementwise = example.dim() == p.dim()
-    if elementwise and example.shape != p.shape and not _factored(example, p):
-        mean = mean.mean().expand(p.shape)
-    return mean.to(example.dtype).contiguous().clone()
+def _mean(key: str, sources: Sequence[Source], p: Tensor) -> Tensor | None:
+    """The mean of the tensors of the newborn's shape, else of all values; None if none fits."""
+    fitting = [state[key] for q, state in sources if q.shape == p.shape]
+    if fitting:
+        return torch.stack([v.double() for v in fitting]).mean(0).to(fitting[0].dtype)
+    q, example = sources[0][0], sources[0][1][key]
+    if example.shape == q.shape:
+        shape = tuple(p.shape)
+    elif q.dim() == p.dim():  # row or column means of a matrix (Adafactor)
+        dims = zip(example.shape, q.shape, p.shape, strict=True)
+        shape = tuple(new if here == old else here for here, old, new in dims)
+    else:
+        return None
+    mean = torch.stack([state[key].double().mean() for _, state in sources]).mean()
+    return mean.to(example.dtype).expand(shape).contiguous()
 
 
-def _factored(value: Tensor, p: Tensor) -> bool:
-    """Whether `value` holds row or column means of a matrix of p's shape (Adafactor)."""
-    return all(v in (1, s) for v, s in zip(value.shape, p.shape, strict=True))
-
-
-def dismiss(optimizers: Sequence[Optimizer], dead: Iterable[Expert]) -> None:
-    """Drop the parameters of dead experts with all that the optimizers keep about them."""
-    gone = {id(p) for expert in dead for p in expert.parameters()}
+def dismiss(optimizers: Sequence[Optimizer], dead: Iterable[nn.Parameter]) -> None:
+    """Drop dead parameters with all that the optimizers keep about them."""
+    gone = {id(p) for p in dead}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             keep = [i for i, p in enumerate(group["params"]) if id(p) not in gone]
-            total = len(group["params"])
-            for value in group.values():
-                if isinstance(value, list) and len(value) == total:
-                    value[:] = [value[i] for i in keep]
+            for _, value in _parallel_lists(optimizer, group):
+                value[:] = [value[i] for i in keep]
+            group["params"][:] = [group["params"][i] for i in keep]
         for p in [p for p in optimizer.state if id(p) in gone]:
             del optimizer.state[p]
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from growmoe import surgery
-from growmoe.consent import evaluating, evidence_of, output_change
+from growmoe.consent import evaluating, evidence_of, output_change, weight_dtype
+from growmoe.experts.expert import check_alike, merge_group
 from growmoe.experts.statistics import FIELDS
 from growmoe.lineage import Event
 from growmoe.moe import MoE, moe_layers
@@ -70,7 +71,7 @@ class Organizer:
         for name, value in (("every", every), ("budget", budget), ("max_experts", max_experts)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"Organizer: {name} must be a positive integer, got {value!r}")
-        if tolerance < 0:
+        if not tolerance >= 0:
             raise ValueError(f"Organizer: tolerance must not be negative, got {tolerance!r}")
         for rule in rules:
             if not callable(getattr(rule, "propose", None)):
@@ -163,10 +164,14 @@ class Organizer:
                     raise surgery.Refused(f"max_experts={self.max_experts} is reached", None)
                 parent = ids[0] if ids else None
                 event = surgery.spawn(layer, parent, optimizers, toward=proposal.toward, **why)
+                # the newborn answers for what was novel
                 if proposal.toward is not None:
                     layer.recorder.begin_window(forget=True)
+                if parent is not None:
+                    layer.experts[parent].statistics.view()["novel"] = 0.0
                 return event
             if act == "merge":
+                _check_merge(layer, ids)
                 return surgery.merge(layer, ids, optimizers, tolerance=self.tolerance, **why)
             if act == "prune":
                 _check_left(layer, ids)
@@ -212,6 +217,16 @@ class Organizer:
         }
 
 
+def _check_merge(layer: MoE, ids: Sequence[int]) -> None:
+    left = len(layer.experts) - len(ids) + 1
+    if left < layer.router.min_experts:
+        raise surgery.Refused(f"the router needs {layer.router.min_experts} experts", None)
+    try:
+        check_alike([layer.experts[id].body for id in ids])
+    except ValueError as error:
+        raise surgery.Refused(str(error), None) from error
+
+
 def _check_left(layer: MoE, ids: Sequence[int]) -> None:
     left = [e for id, e in layer.experts.items() if id not in ids]
     if len(left) < layer.router.min_experts:
@@ -242,7 +257,7 @@ def snapshot(layer: MoE) -> Signals:
             if x is None:
                 continue
             with evaluating(layer):
-                x = x.to(next(experts[i].parameters()).dtype)
+                x = x.to(weight_dtype(layer))
                 out = [e(x).double() for e in experts]
             for j, y in enumerate(out):
                 cosine_EE[i, j] = torch.cosine_similarity(out[i], y, dim=-1).mean().cpu()
@@ -265,13 +280,16 @@ def snapshot(layer: MoE) -> Signals:
 
     return Signals(
         layer=layer.name,
+        d_model=layer.d_model,
         ids=[e.id for e in experts],
+        groups=[merge_group(e.body) for e in experts],
         frozen=[e.frozen for e in experts],
         values=dict(zip(FIELDS, numbers_FE, strict=True)),
         novel_share=float(novel[1]),
         novel_count=count,
         novel_mean=None if mean is None else mean.cpu(),
         novel_nearest=nearest,
+        overlap=distance_z(view, view.mean).cpu(),
         similarity=similarity,
         usefulness=usefulness,
     )

@@ -62,11 +62,15 @@ class Recorder(nn.Module):
         self.register_buffer("lost", torch.zeros(1, device=device))
         self._stacked: Tensor | None = None
         self._last: Assignment | None = None
+        self._last_ids: list[int] = []
 
     def _apply(self, fn: Any, recurse: bool = True) -> Recorder:
+        # moves with the model, but .half() would round the counts and overflow
+        before = {"novel": self.novel, "lost": self.lost}
         super()._apply(fn, recurse)
-        for name in ("novel", "lost"):
-            setattr(self, name, getattr(self, name).float())
+        for name, value in before.items():
+            if getattr(self, name).dtype != value.dtype:
+                setattr(self, name, value.to(getattr(self, name).device))
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,6 +102,7 @@ class Recorder(nn.Module):
         assignment: Assignment,
         out_RO: Tensor,
         generator: torch.Generator,
+        candidates_TE: Tensor | None = None,
     ) -> None:
         """Write one training forward into the records."""
         r = self.records(experts)
@@ -117,21 +122,28 @@ class Recorder(nn.Module):
         r["gate_mass"] += rate_E * (mass_E / max(assignment.num_tokens, 1) - r["gate_mass"])
         r["confidence"] += hit_rate_E * (mass_E / count1_E - r["confidence"])
         r["output_norm"] += hit_rate_E * (norm_E / count1_E - r["output_norm"])
-        self._last = assignment
+        self._last, self._last_ids = assignment, [e.id for e in experts]
         if len(assignment.token_R):
-            self._observe_novelty(r, x_TD, assignment, hit_rate_E)
+            self._observe_novelty(r, x_TD, assignment, hit_rate_E, candidates_TE)
             self._keep_evidence(r, x_TD, assignment, hit_E, generator)
 
     def _observe_novelty(
-        self, r: RecordView, x_TD: Tensor, assignment: Assignment, hit_rate_E: Tensor
+        self,
+        r: RecordView,
+        x_TD: Tensor,
+        assignment: Assignment,
+        hit_rate_E: Tensor,
+        candidates_TE: Tensor | None,
     ) -> None:
         step = -(-len(assignment.token_R) // SAMPLE)
-        x_QD = x_TD[assignment.token_R[::step]].float()
+        token_Q = assignment.token_R[::step]
+        x_QD = x_TD[token_Q].float()
         expert_Q = assignment.expert_R[::step]
         z_QE = distance_z(r, x_QD)
         ready_E = r["hits"] > READY_HITS
-        nearest_Q = z_QE.masked_fill(~ready_E, torch.inf).amin(1)
-        novel_Q = (nearest_Q > NOVEL_Z) & ready_E.any()
+        judge_QE = ready_E if candidates_TE is None else ready_E & candidates_TE[token_Q]
+        nearest_Q = z_QE.masked_fill(~judge_QE, torch.inf).amin(1)
+        novel_Q = (nearest_Q > NOVEL_Z) & nearest_Q.isfinite()
         own_z_Q = z_QE.gather(1, expert_Q[:, None])[:, 0]
         own_score_Q = own_z_Q * _score_sd(r)[expert_Q] + r["score_mean"][expert_Q]
 
@@ -153,21 +165,30 @@ class Recorder(nn.Module):
         )
         r.var.add_(rate_E[:, None] * (square_ED - r.var)).clamp_min_(0)
 
-        usual_Q = (~novel_Q).float()
-        score_E, usual_E = mean_by_expert(own_score_Q, usual_Q)
+        # clipped at 3 sd, not dropped: dropping what is novel would narrow the spread ever more
+        every_Q = torch.ones_like(own_z_Q)
+        sd_Q = _score_sd(r)[expert_Q]
+        clipped_Q = torch.where(
+            (r["hits"] > READY_HITS)[expert_Q],
+            r["score_mean"][expert_Q] + own_z_Q.clamp(-3, 3) * sd_Q,
+            own_score_Q,
+        )
+        score_E, rows_E = mean_by_expert(clipped_Q, every_Q)
         # the first forwards score against moments that hardly exist
-        settled_E = (r["hits"] > READY_HITS // 4) & (usual_E > 0)
+        settled_E = (r["hits"] > READY_HITS // 4) & (rows_E > 0)
         score_rate_E = torch.where(
             settled_E, (1 / (r["hits"] - READY_HITS // 4).clamp_min(1)).clamp_min(RATE), 0.0
         )
         old_E = r["score_mean"].clone()
         r["score_mean"] += score_rate_E * (score_E - r["score_mean"])
         spread_E, _ = mean_by_expert(
-            (own_score_Q - old_E[expert_Q]) * (own_score_Q - r["score_mean"][expert_Q]), usual_Q
+            (clipped_Q - old_E[expert_Q]) * (clipped_Q - r["score_mean"][expert_Q]), every_Q
         )
         r["score_var"] += score_rate_E * (spread_E.clamp_min(0) - r["score_var"])
-        z_E, _ = mean_by_expert(own_z_Q, torch.ones_like(own_z_Q))
+        z_E, _ = mean_by_expert(own_z_Q.clamp(-3, 3), every_Q)
         r["novelty"] += hit_rate_E * ready_E * (z_E - r["novelty"])
+        novel_E, _ = mean_by_expert(novel_Q.float(), every_Q)
+        r["novel"] += NOVELTY_RATE * (hit_rate_E > 0) * (novel_E - r["novel"])
 
         novel = self.novel
         novel[0] += NOVELTY_RATE * (novel_Q.float().mean() - novel[0])
@@ -227,7 +248,7 @@ class Recorder(nn.Module):
         finite_T = loss_T.isfinite()
         self.lost += (~loss_N.isfinite()).sum()
         r = self.records(experts)
-        if len(experts) != self._last.num_experts:
+        if [e.id for e in experts] != self._last_ids:
             return  # surgery since that forward: its positions are not today's
         finite_R = finite_T[self._last.token_R].float()
         loss_R = torch.where(finite_T, loss_T, 0.0)[self._last.token_R]
@@ -283,7 +304,9 @@ class Signals:
 
     Attributes:
         layer: the layer's name.
+        d_model: D, the width of its inputs.
         ids: the living experts, ascending.
+        groups: experts of one group, that is of one kind and shape, can be merged.
         frozen: whether each is frozen.
         values: per field of the record (`growmoe.experts.statistics.FIELDS`), one float each.
         novel_share: running share of inputs that no expert explains, its peak since the last
@@ -291,19 +314,23 @@ class Signals:
         novel_count: how many such inputs there were since then (of those sampled).
         novel_mean: their mean, float32 [D], or None.
         novel_nearest: the id of the expert nearest to that mean, or None.
+        overlap: float32 [E, E], how novel the mean input of expert i is to expert j, as z_j.
         similarity: () -> float32 [E, E], cosine of the experts' outputs on their evidence.
         usefulness: () -> {id: relative change of the layer's output on the expert's own evidence
             if it were pruned}; an expert without enough evidence is left out.
     """
 
     layer: str
+    d_model: int
     ids: list[int]
+    groups: list[str]
     frozen: list[bool]
     values: dict[str, list[float]]
     novel_share: float
     novel_count: float
     novel_mean: Tensor | None
     novel_nearest: int | None
+    overlap: Tensor
     similarity: Callable[[], Tensor]
     usefulness: Callable[[], dict[int, float]]
 

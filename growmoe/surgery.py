@@ -12,7 +12,7 @@ Raised by all of them, before anything changes:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,11 +78,13 @@ def spawn(
         _check_ids(layer, [parent])
         if expert is not None:
             raise ValueError("spawn: a clone is of its parent's kind; give parent or expert")
-    if noise < 0:
-        raise ValueError(f"spawn: noise must not be negative, got {noise}")
-    if toward is not None and (toward.shape != (layer.d_model,) or not toward.isfinite().all()):
+    if not 0 <= noise < float("inf"):
+        raise ValueError(f"spawn: noise must not be negative, and finite, got {noise}")
+    if toward is not None and not (
+        isinstance(toward, Tensor) and toward.shape == (layer.d_model,) and toward.isfinite().all()
+    ):
         raise ValueError(
-            f"spawn: toward must be {layer.d_model} finite numbers, got shape {tuple(toward.shape)}"
+            f"spawn: toward must be a tensor of {layer.d_model} finite numbers, got {toward!r:.80}"
         )
     with _transaction(layer, optimizer) as optimizers:
         living = list(layer.experts.values())
@@ -142,9 +144,11 @@ def merge(
         layer.experts.replace([*rest, child])
         # aligned to the busiest parent, so its moments fit unit by unit
         optim.welcome(optimizers, child, parents[0], [*parents[1:], *rest])
-        optim.dismiss(optimizers, parents)
-        _drop_gradients(parents)
-        return _log(layer, step, "merge", ids, tuple(ids), child.id, reason, signals, change)
+        dead = _died(layer, parents)
+        optim.dismiss(optimizers, dead)
+        event = _log(layer, step, "merge", ids, tuple(ids), child.id, reason, signals, change)
+        _drop_gradients(dead)
+        return event
 
 
 def prune(
@@ -182,9 +186,11 @@ def prune(
     with _transaction(layer, optimizer) as optimizers:
         change = _consent(layer, rest, dead, tolerance, f"prune {list(ids)}")
         layer.experts.replace(rest)
-        optim.dismiss(optimizers, dead)
-        _drop_gradients(dead)
-        return _log(layer, step, "prune", ids, reason=reason, signals=signals, change=change)
+        gone = _died(layer, dead)
+        optim.dismiss(optimizers, gone)
+        event = _log(layer, step, "prune", ids, reason=reason, signals=signals, change=change)
+        _drop_gradients(gone)
+        return event
 
 
 def freeze(
@@ -201,9 +207,10 @@ def freeze(
         ValueError: ids unknown, dead, repeated or none.
     """
     _check_ids(layer, ids)
+    event = _log(layer, step, "freeze", ids, reason=reason, signals=signals)
     for id in ids:
         layer.experts[id].freeze()
-    return _log(layer, step, "freeze", ids, reason=reason, signals=signals)
+    return event
 
 
 def thaw(
@@ -220,13 +227,14 @@ def thaw(
         ValueError: ids unknown, dead, repeated or none.
     """
     _check_ids(layer, ids)
+    event = _log(layer, step, "thaw", ids, reason=reason, signals=signals)
     for id in ids:
         layer.experts[id].thaw()
-    return _log(layer, step, "thaw", ids, reason=reason, signals=signals)
+    return event
 
 
 def _check_ids(layer: MoE, ids: Sequence[int]) -> None:
-    if isinstance(ids, (str, int)) or not all(type(id) is int for id in ids):
+    if not isinstance(ids, Collection) or not all(type(id) is int for id in ids):
         raise ValueError(f"ids must be a sequence of integers, got {ids!r}")
     if not ids:
         raise ValueError("ids: at least one expert must be named")
@@ -332,10 +340,15 @@ def _consent(
     return change
 
 
-def _drop_gradients(dead: Sequence[Expert]) -> None:
-    for expert in dead:
-        for p in expert.parameters():
-            p.grad = None
+def _died(layer: MoE, experts: Sequence[Expert]) -> list[nn.Parameter]:
+    """The parameters that went with these experts: not those tied to what is left."""
+    left = {id(p) for p in layer.parameters()}
+    return [p for expert in experts for p in expert.parameters() if id(p) not in left]
+
+
+def _drop_gradients(dead: Sequence[nn.Parameter]) -> None:
+    for p in dead:
+        p.grad = None
 
 
 def _log(

@@ -17,7 +17,6 @@ from torch import nn
 
 from growmoe.continual import require
 from growmoe.continual.cell import Cell, Memory, parameter_count, tensor_bytes
-from growmoe.continual.features import RandomPatchFeatures
 from growmoe.continual.streams import Stream
 
 require("avalanche.training.supervised")
@@ -89,7 +88,7 @@ class _Report(SupervisedPlugin):
             self.tell(min(1.0, self.steps / total))
 
 
-class _Run:
+class CellRun:
     """One cell under way: its benchmark, its clock, its accuracy matrix, its progress."""
 
     def __init__(self, stream: Stream, progress: Progress) -> None:
@@ -135,7 +134,7 @@ def run_incremental(
     Args:
         kept: gives the memory that the method holds at the end.
     """
-    run = _Run(stream, progress)
+    run = CellRun(stream, progress)
     model = mlp(stream, training.hidden)
     strategy = Naive(
         model=model,
@@ -244,7 +243,7 @@ def run_joint(
     stream: Stream, seed: int, progress: Progress, training: Training, passes: int
 ) -> Cell:
     """After each experience a new network, trained on everything so far: the upper bound."""
-    run = _Run(stream, progress)
+    run = CellRun(stream, progress)
     untrained: list[float] | None = None
     for i in range(stream.num_experiences):
         model = mlp(stream, training.hidden)
@@ -267,28 +266,3 @@ def run_joint(
     return Cell(
         run.matrix, run.seconds, parameter_count(model), memory, untrained_accuracy=untrained
     )
-
-
-def run_ridge(stream: Stream, seed: int, progress: Progress, ridge: float) -> Cell:
-    """One closed-form head on random-patch features, by one pass over the stream."""
-    from growmoe.continual.ridge import RidgeHead, StreamingRidge
-
-    run = _Run(stream, progress)
-    features = RandomPatchFeatures.for_images(*stream.image_shape[1:])
-    head = RidgeHead.zeros(features.num_features, stream.num_classes, ridge)
-    strategy = StreamingRidge(
-        features=features,
-        head=head,
-        generator=torch.Generator().manual_seed(seed),
-        train_mb_size=500,
-        plugins=[run.reporter],
-        **run.common(),
-    )
-    for experience in run.benchmark.train_stream:
-        run.train(strategy, experience)
-    memory = Memory(
-        model=tensor_bytes(head.W_DK),
-        buffers=features.memory_bytes,
-        statistics=tensor_bytes(head.G_DD, head.C_DK),
-    )
-    return Cell(run.matrix, run.seconds, head.W_DK.numel(), memory)

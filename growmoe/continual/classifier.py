@@ -5,13 +5,14 @@ It sees no task labels and no boundaries, keeps no examples, and passes once ove
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from growmoe import surgery
+from growmoe.continual.intake import Features, Intake
 from growmoe.experts.moments import Moments
 from growmoe.lineage import Event
 from growmoe.moe import MoE
@@ -25,17 +26,6 @@ from growmoe.rules import (
     SplitOnNovelty,
     ThawOnNovelty,
 )
-
-
-class Features(Protocol):
-    """Fixed features, fitted once on the first images of a stream, without labels."""
-
-    @property
-    def num_features(self) -> int: ...
-
-    def fit(self, images: Tensor, generator: torch.Generator) -> Features: ...
-
-    def __call__(self, images: Tensor) -> Tensor: ...
 
 
 def default_rules() -> list[Rule]:
@@ -82,50 +72,40 @@ class GrowingClassifier(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if num_classes < 1 or early < 1:
-            raise ValueError(f"num_classes and early must be positive: {num_classes!r}, {early!r}")
-        self.features, self.num_classes, self.early = features, num_classes, early
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be positive, got {num_classes!r}")
+        self.features, self.num_classes = features, num_classes
         self.rules = default_rules() if rules is None else list(rules)
         self.every, self.seed = every, seed
         self.gate = ClosedFormGate() if gate is None else gate
         self.layer: MoE | None = None
         self.organizer: Organizer | None = None
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._intake = Intake(features, early, seed)
 
     def learn(self, images: Tensor, labels: Tensor) -> list[Event]:
         """Take in a labelled batch once.
 
         Args:
-            images: float32 [N, …], as the features take them.
+            images: float32 [N, 1, H, W], as the features take them.
             labels: int64 [N], in [0, C).
 
         Returns:
-            What the organizer did.
+            What was born and what the organizer did.
 
         Raises:
-            ValueError: labels out of range, or images that are not finite.
+            ValueError: labels out of range, not as many as images, or images that are not finite;
+                nothing is learned then.
         """
-        if len(images) != len(labels):
-            raise ValueError(f"{len(images)} images, but {len(labels)} labels")
-        if len(labels) == 0:
-            return []
-        if labels.min() < 0 or labels.max() >= self.num_classes:
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             raise ValueError(
                 f"labels must be in [0, {self.num_classes}), got "
                 f"{int(labels.min())} to {int(labels.max())}"
             )
-        if not images.isfinite().all():
-            raise ValueError("images hold NaN or infinite values")
-        if self.layer is None:
-            self._waiting.append((images, labels))
-            if sum(len(y) for _, y in self._waiting) < self.early:
-                return []
-            return self._begin()
-        return self._learn(self.features(images), labels)
+        return [e for x, y in self._intake(images, labels) for e in self._learn(x, y)]
 
     def finish(self) -> list[Event]:
         """Begin even if fewer than `early` images have come; before a first prediction."""
-        return self._begin() if self.layer is None and self._waiting else []
+        return [e for x, y in self._intake.flush() for e in self._learn(x, y)]
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores [N, C]: each label's share of the votes; 0 for one that was not shortlisted.
@@ -139,41 +119,18 @@ class GrowingClassifier(nn.Module):
         with torch.no_grad():
             return self.layer(self.features(images))
 
-    def _begin(self) -> list[Event]:
-        images, labels = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
-        size = len(self._waiting[0][1])
-        self._waiting = []
-        self.features.fit(images, torch.Generator().manual_seed(self.seed))
-        first = int(labels[0])
-        self.layer = MoE(
-            self.features.num_features,
-            lambda: Moments(self.num_classes, first, self.features.num_features),
-            num_experts=1,
-            router=self.gate,
-            d_out=self.num_classes,
-            balance_loss=0.0,
-            warmup=1,
-            evidence="moments",
-            seed=self.seed,
-        )
-        self.organizer = Organizer(
-            self.layer, rules=self.rules, max_experts=1024, every=self.every, budget=4
-        )
-        events: list[Event] = []
-        for start in range(0, len(labels), size):  # in the batches in which they came
-            part = slice(start, start + size)
-            events += self._learn(self.features(images[part]), labels[part])
-        return events
-
     def _learn(self, x_TD: Tensor, labels: Tensor) -> list[Event]:
-        assert self.layer is not None and self.organizer is not None
-        self.layer.train()
         events = []
-        for label in sorted(set(labels.tolist()) - self._labels()):
+        if self.layer is None or self.organizer is None:
+            self.layer, self.organizer = self._begin(x_TD.shape[1], int(labels[0]))
+            events += list(self.layer.lineage)
+        self.layer.train()
+        known = {int(cast(Moments, e.body).label) for e in self.layer.experts.values()}
+        for label in sorted(set(labels.tolist()) - known):
             events.append(
                 surgery.spawn(
                     self.layer,
-                    expert=lambda label=label: Moments(self.num_classes, label, x_TD.shape[1]),  # type: ignore[misc]
+                    expert=self._kind(x_TD.shape[1], label),
                     admitted=True,
                     step=self.organizer.steps,
                     reason=f"label {label} has no expert",
@@ -183,6 +140,20 @@ class GrowingClassifier(nn.Module):
         self.layer(x_TD, context=labels)
         return events + self.organizer.step()
 
-    def _labels(self) -> set[int]:
-        assert self.layer is not None
-        return {int(e.body.label) for e in self.layer.experts.values()}  # type: ignore[arg-type]
+    def _begin(self, d_model: int, label: int) -> tuple[MoE, Organizer]:
+        layer = MoE(
+            d_model,
+            self._kind(d_model, label),
+            num_experts=1,
+            router=self.gate,
+            d_out=self.num_classes,
+            balance_loss=0.0,
+            warmup=1,
+            evidence="moments",
+            seed=self.seed,
+        )
+        organizer = Organizer(layer, rules=self.rules, max_experts=1024, every=self.every, budget=4)
+        return layer, organizer
+
+    def _kind(self, d_model: int, label: int) -> Callable[[], Moments]:
+        return lambda: Moments(self.num_classes, label, d_model)

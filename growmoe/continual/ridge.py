@@ -1,4 +1,4 @@
-"""One streaming ridge-regression head on fixed features, as an Avalanche strategy.
+"""One streaming ridge-regression head on fixed features.
 
 Legend: N images, D features with a constant 1 among them, K classes.
 """
@@ -9,14 +9,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from growmoe.continual import require
-from growmoe.continual.features import RandomPatchFeatures
-
-require("avalanche.training.templates")
-
-from avalanche.training.templates import SupervisedTemplate  # noqa: E402
+from growmoe.continual.intake import Features, Intake
 
 
 @dataclass
@@ -66,60 +61,35 @@ class RidgeHead:
         return F.pad(features_ND, (0, 1), value=1.0) @ self.W_DK
 
 
-class StreamingRidge(SupervisedTemplate):
-    """A ridge head trained by one pass over the stream, without gradients or stored examples.
+class RidgeClassifier:
+    """A ridge head on fixed features, learned by one pass over a stream.
 
     Args:
-        features: fitted on the first images of the stream when training begins.
-        head: starts empty.
-        generator: for fitting the features.
-        kwargs: as for any Avalanche strategy; the batch size changes nothing but speed.
+        features: fitted on the first `early` images, which wait until then.
+        num_classes: K.
+        ridge: as for `RidgeHead`.
+        early: how many images wait.
+        seed: of the features.
     """
 
     def __init__(
-        self,
-        *,
-        features: RandomPatchFeatures,
-        head: RidgeHead,
-        generator: torch.Generator,
-        **kwargs,
+        self, features: Features, num_classes: int, *, ridge: float, early: int = 256, seed: int = 0
     ) -> None:
-        super().__init__(
-            model=nn.Identity(), optimizer=None, criterion=nn.CrossEntropyLoss(), **kwargs
-        )
-        self.features, self.head, self.generator = features, head, generator
+        self.features = features
+        self.head = RidgeHead.zeros(features.num_features, num_classes, ridge)
+        self._intake = Intake(features, early, seed)
 
-    def make_optimizer(self, **kwargs) -> None:
-        """Nothing here is trained by gradients."""
+    def learn(self, images: Tensor, labels: Tensor) -> None:
+        """Take in a labelled batch once: images float32 [N, 1, H, W], labels int64 [N]."""
+        for x_ND, y_N in self._intake(images, labels):
+            self.head.add(x_ND, y_N)
 
-    def check_model_and_optimizer(self, **kwargs) -> None:
-        """Nothing here is trained by gradients."""
-
-    def model_adaptation(self, model: nn.Module | None = None) -> nn.Module:
-        """The head has all classes from the start."""
-        return self.model if model is None else model
-
-    def _before_training_exp(self, **kwargs) -> None:
-        super()._before_training_exp(**kwargs)
-        if self.features.weight is None:
-            # Avalanche stores an experience class by class: the first of a shuffled pass are meant.
-            dataset = self.experience.dataset
-            order = torch.randperm(len(dataset), generator=self.generator)
-            first = [dataset[int(i)][0] for i in order[: self.features.fit_images]]
-            self.features.fit(torch.stack(first), self.generator)
-
-    def training_epoch(self, **kwargs) -> None:
-        """Add every mini-batch to the sums."""
-        for self.mbatch in self.dataloader:  # noqa: B020 - Avalanche's own idiom
-            self._unpack_minibatch()
-            self._before_training_iteration(**kwargs)
-            self.head.add(self.features(self.mb_x), self.mb_y)
-            self._after_training_iteration(**kwargs)
-
-    def _after_training_exp(self, **kwargs) -> None:
+    def finish(self) -> None:
+        """Bring the weights up to date; before a prediction."""
+        for x_ND, y_N in self._intake.flush():
+            self.head.add(x_ND, y_N)
         self.head.solve()
-        super()._after_training_exp(**kwargs)
 
-    def forward(self) -> Tensor:
-        """Scores of the current mini-batch, [N, K]."""
-        return self.head(self.features(self.mb_x))
+    def __call__(self, images: Tensor) -> Tensor:
+        """Scores, float32 [N, K]."""
+        return self.head(self.features(images))

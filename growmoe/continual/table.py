@@ -7,15 +7,18 @@ from typing import Any
 
 from growmoe.continual import require
 
-_COLUMNS = (
-    "method",
-    "seeds",
-    "final acc.",
-    "avg. inc.",
-    "forgetting",
-    "memory MB",
-    "seconds",
-)
+# for the file, and for a terminal of 80 columns
+_COLUMNS = {
+    "method": "method",
+    "seeds": "",
+    "final accuracy": "final",
+    "average incremental accuracy": "average",
+    "forgetting": "forgets",
+    "backward transfer": "backward",
+    "parameters": "params",
+    "memory (MB)": "MB",
+    "seconds": "sec",
+}
 
 
 def _percent(value: Mapping[str, float | None]) -> str:
@@ -23,6 +26,13 @@ def _percent(value: Mapping[str, float | None]) -> str:
         return "–"
     text = f"{100 * value['mean']:.1f}"
     return text if value["ci95"] is None else f"{text} ± {100 * value['ci95']:.1f}"
+
+
+def _count(number: float) -> str:
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
 
 
 def _rows(results: Mapping[str, Any]) -> list[list[str]]:
@@ -35,6 +45,8 @@ def _rows(results: Mapping[str, Any]) -> list[list[str]]:
                 _percent(entry["final_accuracy"]),
                 _percent(entry["average_incremental_accuracy"]),
                 _percent(entry["forgetting"]),
+                _percent(entry["backward_transfer"]),
+                _count(entry["parameters"]["mean"]),
                 f"{entry['memory_bytes']['mean'] / 1e6:.2f}",
                 f"{entry['seconds']['mean']:.1f}",
             ]
@@ -45,10 +57,10 @@ def _rows(results: Mapping[str, Any]) -> list[list[str]]:
 def _note(results: Mapping[str, Any]) -> str:
     several = any(len(entry["seeds"]) > 1 for entry in results["methods"].values())
     return (
-        "Percent"
+        "Final accuracy, average incremental accuracy, forgetting and backward transfer in percent"
         + (", mean ± 95% confidence interval over seeds" if several else "")
-        + "; memory is all that is kept between experiences (1 MB = 1,000,000 bytes), seconds are "
-        "of training."
+        + "; parameters are learned numbers that a prediction uses; memory is all that is kept "
+        "between experiences (1 MB = 1,000,000 bytes); seconds are of training."
     )
 
 
@@ -79,11 +91,17 @@ def print_table(results: Mapping[str, Any], console: Any = None) -> None:
     box, rich_table = require("rich.box"), require("rich.table")
     console = console or require("rich.console").Console()
     drawn = rich_table.Table(
-        title=results["stream"], title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        title=results["stream"],
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    for i, column in enumerate(_COLUMNS):
-        drawn.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
+    shown = [i for i, short in enumerate(_COLUMNS.values()) if short]
+    for i in shown:
+        short = list(_COLUMNS.values())[i]
+        drawn.add_column(short, justify="left" if i == 0 else "right", no_wrap=True)
     for row in _rows(results):
-        drawn.add_row(*row)
+        drawn.add_row(*(row[i].replace(" ± ", "±") for i in shown))
     console.print(drawn)
     console.print(_note(results), style="dim", highlight=False)

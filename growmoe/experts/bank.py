@@ -101,7 +101,8 @@ class ExpertBank(nn.Module, Mapping[int, Expert]):
     def _lay_out(self, experts: list[Expert]) -> None:
         owners: dict[int, int] = {}
         for expert in experts:
-            for p in expert.body.parameters():
+            # with duplicates: an expert's parameters may also be tied to each other
+            for _, p in expert.body.named_parameters(remove_duplicate=False):
                 owners[p.data_ptr()] = owners.get(p.data_ptr(), 0) + 1
         self._tied = {
             e.id for e in experts if any(owners[p.data_ptr()] > 1 for p in e.body.parameters())

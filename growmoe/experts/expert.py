@@ -104,6 +104,14 @@ def kind_of(body: nn.Module) -> str:
     return "FFN" if cls is FFN else f"{cls.__module__}.{cls.__qualname__}"
 
 
+def merge_group(body: nn.Module) -> str:
+    """Bodies of one group can be merged: same class and settings, same shapes."""
+    if isinstance(body, FFN):
+        return f"FFN {body.config()}"
+    shapes = {name: tuple(t.shape) for name, t in body.named_parameters()}
+    return f"{kind_of(body)} {getattr(body, 'merge_key', shapes)}"
+
+
 @runtime_checkable
 class Kind(Protocol):
     """What a body may define to take part in surgery; `FFN` does. All else has the defaults."""
@@ -171,7 +179,12 @@ class seeded:
 
 @torch.no_grad()
 def clone_body(body: nn.Module, noise: float, generator: torch.Generator) -> nn.Module:
-    """A copy whose weights are perturbed by Gaussian noise of `noise` times each one's own RMS."""
+    """A copy whose weights are perturbed by Gaussian noise of `noise` times each one's own RMS.
+
+    A kind with a `cloned(noise, generator)` of its own decides for itself.
+    """
+    if hasattr(body, "cloned"):
+        return cast(Any, body).cloned(noise, generator)
     clone = copy.deepcopy(body)
     for p in clone.parameters():
         p.grad = None
@@ -179,6 +192,20 @@ def clone_body(body: nn.Module, noise: float, generator: torch.Generator) -> nn.
             draw = torch.randn(p.shape, generator=generator, dtype=torch.float32)
             p.add_(draw.to(p) * (noise * p.float().square().mean().sqrt()).to(p.dtype))
     return clone
+
+
+def check_alike(bodies: Sequence[nn.Module]) -> None:
+    """Raise ValueError if bodies are of different kinds or shapes, so that none is their mean."""
+    base, others = bodies[0], list(bodies[1:])
+    shapes = {name: tuple(t.shape) for name, t in base.state_dict().items() if hasattr(t, "shape")}
+    for other in others:
+        other_shapes = {
+            n: tuple(t.shape) for n, t in other.state_dict().items() if hasattr(t, "shape")
+        }
+        if type(other) is not type(base) or other_shapes != shapes:
+            raise ValueError(f"merge: experts of different kinds or shapes: {base!r} and {other!r}")
+        if isinstance(base, FFN) and base.config() != cast(FFN, other).config():
+            raise ValueError(f"merge: experts of different kinds: {base!r} and {other!r}")
 
 
 @torch.no_grad()
@@ -190,16 +217,8 @@ def merged_body(bodies: Sequence[nn.Module], weights: Sequence[float]) -> nn.Mod
     Raises:
         ValueError: bodies of different classes or shapes.
     """
+    check_alike(bodies)
     base, others = bodies[0], list(bodies[1:])
-    shapes = {name: tuple(t.shape) for name, t in base.state_dict().items() if hasattr(t, "shape")}
-    for other in others:
-        other_shapes = {
-            n: tuple(t.shape) for n, t in other.state_dict().items() if hasattr(t, "shape")
-        }
-        if type(other) is not type(base) or other_shapes != shapes:
-            raise ValueError(f"merge: experts of different kinds or shapes: {base!r} and {other!r}")
-        if isinstance(base, FFN) and base.config() != cast(FFN, other).config():
-            raise ValueError(f"merge: experts of different kinds: {base!r} and {other!r}")
     if hasattr(base, "merged"):
         return cast(Kind, base).merged(others, weights)
     result = copy.deepcopy(base)

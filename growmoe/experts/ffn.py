@@ -96,9 +96,20 @@ class FFN(nn.Module):
         return FFN(**config, generator=generator, device=device, dtype=dtype)
 
     def forward(self, x_RD: Tensor) -> Tensor:
-        """[..., D] -> [..., O]."""
+        """[..., D] -> [..., O].
+
+        Raises:
+            ValueError: this is a template, or the input has another dtype than the weights,
+                outside autocast.
+        """
         if self.d_model is None:
-            raise RuntimeError("this FFN is a template without weights: give it d_model")
+            raise ValueError("this FFN is a template without weights: give it d_model")
+        if x_RD.dtype is not self.w_in.dtype and not (
+            torch.is_autocast_enabled(x_RD.device.type) and x_RD.dtype is not torch.float64
+        ):
+            raise ValueError(
+                f"input is {x_RD.dtype}, but the expert's weights are {self.w_in.dtype}"
+            )
         h_RF = x_RD @ self.w_in
         if self.bias:
             h_RF = h_RF + self.b_in
@@ -118,7 +129,10 @@ class FFN(nn.Module):
             others: experts of the same shape.
             weights: one for self, then one for each other; they are normalised.
         """
-        result = self.fresh(device=self.w_in.device, dtype=self.w_in.dtype)
+        # its weights are overwritten, so the global generator must not draw them
+        result = self.fresh(
+            generator=torch.Generator(), device=self.w_in.device, dtype=self.w_in.dtype
+        )
         share = np.asarray(weights, dtype=np.float64) / np.sum(weights)
         total = {name: p.double() * share[0] for name, p in self.named_parameters()}
         for other, weight in zip(others, share[1:], strict=True):
@@ -136,6 +150,13 @@ class FFN(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         own_storage(destination, prefix, self._parameters)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a pickled row would bring its whole pool; the pool gathers the rows again when it is used
+        for p in self._parameters.values():
+            if p is not None and p.untyped_storage().nbytes() > p.nbytes:
+                p.data = p.data.clone()
+        return dict(self.__dict__)
 
     @property
     def _fused(self) -> bool:

@@ -45,13 +45,15 @@ class Counts:
 def poolable(expert: Expert) -> tuple[Any, ...] | None:
     """What experts must share to lie in one pool, or None for one that is run by itself.
 
-    Only a plain `FFN` is pooled: no hooks, parametrizations, or tensors that stand in for its
-    Parameters, and row strides that are multiples of 16 bytes, as grouped_mm asks.
+    Only a plain `FFN` is pooled: no hooks, no forward of its own, no parametrizations or tensors
+    that stand in for its Parameters, not in memory shared with other processes, and widths that
+    are multiples of 8: grouped_mm asks for strides of 16 bytes, also under autocast.
     """
     body = expert.body
     if type(body) is not FFN or _hooked(expert) or _hooked(body):
         return None
-    parameters = [p for p in body._parameters.values() if p is not None]
+    held = {name: p for name, p in body._parameters.items() if p is not None}
+    parameters = list(held.values())
     first = parameters[0]
     for p in parameters:
         if (
@@ -59,18 +61,15 @@ def poolable(expert: Expert) -> tuple[Any, ...] | None:
             or p.dtype is not first.dtype
             or p.device != first.device
             or not p.is_contiguous()
+            or (p.device.type == "cpu" and p.is_shared())
         ):
             return None
     if first.dtype not in _POOLED_DTYPES or first.device.type == "meta":
         return None
-    if any(p.shape[-1] * p.element_size() % 16 for p in (body.w_in, body.w_out)):
+    if any(width % 8 for width in (*body.w_in.shape, *body.w_out.shape)):
         return None
-    if (body.d_model or 0) * first.element_size() % 16 or (
-        body.d_hidden * first.element_size() % 16
-    ):
-        return None
-    trainable = tuple(p.requires_grad for p in parameters)
-    return (*body.config().values(), first.dtype, first.device, trainable)
+    shapes = tuple((name, p.shape, p.requires_grad) for name, p in held.items())
+    return (*body.config().values(), first.dtype, first.device, shapes)
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -79,6 +78,7 @@ def _hooked(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 
@@ -100,10 +100,11 @@ class Pool:
 
     def __init__(self, experts: Sequence[Expert]) -> None:
         self.experts = list(experts)
-        self.body: FFN = experts[0].body  # type: ignore[assignment]
-        self.names = tuple(self.body._parameters)
+        body: FFN = experts[0].body  # type: ignore[assignment]
+        self.activation, self.bias = body.activation, body.bias
+        self.names = tuple(name for name, p in body._parameters.items() if p is not None)
         self.parameters: list[nn.Parameter] = []
-        self.trainable = tuple(getattr(self.body, name).requires_grad for name in self.names)
+        self.trainable = tuple(getattr(body, name).requires_grad for name in self.names)
         self.stacked: dict[str, Tensor] = {}
         with torch.inference_mode(False), torch.no_grad():
             for name in self.names:
@@ -126,11 +127,9 @@ class Pool:
             body = expert._modules["body"]
             if (
                 type(body) is not FFN
-                or body._forward_hooks
-                or body._forward_pre_hooks
+                or body.activation != self.activation
                 or _hooked(expert)
-                or body._backward_hooks
-                or body._backward_pre_hooks
+                or _hooked(body)
             ):
                 return False
             held = body._parameters
@@ -141,6 +140,7 @@ class Pool:
                     or p.data_ptr() != addresses[i]
                     or p.requires_grad is not trainable
                     or p.dtype is not dtype
+                    or not p.is_contiguous()
                 ):
                     return False
                 i += 1
@@ -170,18 +170,19 @@ class _PooledFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RD, pool, counts, dtype, *parameters):
         weights = {name: w.to(dtype) for name, w in pool.stacked.items()}
-        offsets_E, body = counts.offsets_E, pool.body
+        offsets_E = counts.offsets_E
         h_RF = F.grouped_mm(x_RD, weights["w_in"], offs=offsets_E)
         expert_R = None
-        if body.bias:
+        if pool.bias:
             expert_R = torch.repeat_interleave(counts.counts_E, output_size=len(x_RD))
             h_RF = h_RF + weights["b_in"][expert_R]
-        y_RO = F.grouped_mm(activate(h_RF, body.activation), weights["w_out"], offs=offsets_E)
-        if body.bias:
+        y_RO = F.grouped_mm(activate(h_RF, pool.activation), weights["w_out"], offs=offsets_E)
+        if pool.bias:
             y_RO = y_RO + weights["b_out"][expert_R]
         ctx.save_for_backward(x_RD, h_RF)
         # not the weights cast for autocast: the backward casts them again
-        ctx.stacked, ctx.counts, ctx.expert_R, ctx.body = pool.stacked, counts, expert_R, body
+        ctx.stacked, ctx.counts, ctx.expert_R = pool.stacked, counts, expert_R
+        ctx.activation = pool.activation
         ctx.ids = [expert.id for expert in pool.experts]
         ctx.experts, ctx.names = pool.experts, pool.names
         ctx.parameters, ctx.versions = parameters, [p._version for p in parameters]
@@ -198,11 +199,11 @@ class _PooledFFN(torch.autograd.Function):
                     "backward (by an optimizer step or a load), so its gradient would be wrong"
                 )
         x_RD, h_RF = ctx.saved_tensors
-        body, offsets_E = ctx.body, ctx.counts.offsets_E
+        offsets_E = ctx.counts.offsets_E
         weights = {name: w.to(x_RD.dtype) for name, w in ctx.stacked.items()}
         grad_RO = grad_RO.contiguous()  # grouped_mm refuses an expanded gradient
         grad_act_RF = F.grouped_mm(grad_RO, weights["w_out"].transpose(1, 2), offs=offsets_E)
-        grad_h_RF = activate_backward(grad_act_RF, h_RF, body.activation)
+        grad_h_RF = activate_backward(grad_act_RF, h_RF, ctx.activation)
         grad_x_RD = None
         if ctx.needs_input_grad[0]:
             grad_x_RD = F.grouped_mm(grad_h_RF, weights["w_in"].transpose(1, 2), offs=offsets_E)
@@ -224,7 +225,7 @@ class _PooledFFN(torch.autograd.Function):
         if needed["w_in"]:
             grads["w_in"] = F.grouped_mm(x_RD.t(), grad_h_RF, offs=offsets_H)
         if needed["w_out"]:
-            act_RF = activate(h_RF, body.activation)
+            act_RF = activate(h_RF, ctx.activation)
             grads["w_out"] = F.grouped_mm(act_RF.t(), grad_RO, offs=offsets_H)
         for name, grad in (("b_in", grad_h_RF), ("b_out", grad_RO)):
             if needed.get(name):

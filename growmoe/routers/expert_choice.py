@@ -35,7 +35,7 @@ class ExpertChoice(Router):
 
     def __init__(self, capacity: float = 2.0) -> None:
         super().__init__()
-        if not capacity > 0:
+        if not 0 < capacity < math.inf:
             raise ValueError(f"ExpertChoice: capacity must be positive, got {capacity!r}")
         self.capacity = capacity
 

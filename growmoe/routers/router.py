@@ -44,11 +44,14 @@ class Routing:
         assignment: which token goes to which expert.
         probs_TE: float32 [T, E], the gate's probabilities (or scores) over all experts.
         logits_TE: float32 [T, E], what they came from; -inf for an expert not admitted yet.
+        candidates_TE: bool [T, E], which experts might have explained the token, for novelty; all
+            if left out.
     """
 
     assignment: Assignment
     probs_TE: Tensor
     logits_TE: Tensor
+    candidates_TE: Tensor | None = None
 
 
 class Router(nn.Module):

@@ -1,13 +1,15 @@
 """Rules: signals in, proposals out."""
 
-from growmoe.rules.freeze import FreezeConverged, ThawOnDrift
-from growmoe.rules.merge import MergeSimilar
+from growmoe.rules.freeze import FreezeConverged, FreezeSettled, ThawOnDrift, ThawOnNovelty
+from growmoe.rules.merge import MergeOverlapping, MergeSimilar
 from growmoe.rules.prune import PruneIdle, PruneUseless
 from growmoe.rules.rule import Proposal, Rule
-from growmoe.rules.spawn import SpawnOnLoss, SpawnOnNovelty, SpawnOnOverload
+from growmoe.rules.spawn import SpawnOnLoss, SpawnOnNovelty, SpawnOnOverload, SplitOnNovelty
 
 __all__ = [
     "FreezeConverged",
+    "FreezeSettled",
+    "MergeOverlapping",
     "MergeSimilar",
     "Proposal",
     "PruneIdle",
@@ -16,5 +18,7 @@ __all__ = [
     "SpawnOnLoss",
     "SpawnOnNovelty",
     "SpawnOnOverload",
+    "SplitOnNovelty",
     "ThawOnDrift",
+    "ThawOnNovelty",
 ]

@@ -58,3 +58,54 @@ class ThawOnDrift:
                 reason = f"loss rose: z {z:.1f} > {self.z:.1f}"
                 proposals.append(Proposal("thaw", (id,), reason, {"loss_z": z}))
         return proposals
+
+
+@dataclass(frozen=True)
+class FreezeSettled:
+    """An expert that sums up its inputs has seen enough of them.
+
+    The moments of n rows in D dimensions, and what is solved from them, have a relative sampling
+    error of about D/n in mean square; more rows cost work and hardly change them.
+
+    Args:
+        rows_per_feature: n/D at which an expert is settled.
+    """
+
+    rows_per_feature: float = 6.0
+
+    def __post_init__(self) -> None:
+        positive(self, rows_per_feature=self.rows_per_feature)
+
+    def propose(self, signals: Signals) -> list[Proposal]:
+        proposals = []
+        for id, frozen in zip(signals.ids, signals.frozen, strict=True):
+            ratio = signals.of(id)["rows"] / signals.d_model
+            if not frozen and ratio >= self.rows_per_feature:
+                reason = f"settled: {ratio:.1f} >= {self.rows_per_feature} rows per feature"
+                proposals.append(Proposal("freeze", (id,), reason, {"rows_per_feature": ratio}))
+        return proposals
+
+
+@dataclass(frozen=True)
+class ThawOnNovelty:
+    """A frozen expert's inputs have moved away from what it knows.
+
+    Args:
+        z: running mean of its inputs' distance, in standard deviations of the usual distance.
+        recent: training forwards within which it must have received some: an old signal is none.
+    """
+
+    z: float = 1.0
+    recent: int = 8
+
+    def __post_init__(self) -> None:
+        positive(self, z=self.z)
+
+    def propose(self, signals: Signals) -> list[Proposal]:
+        proposals = []
+        for id, frozen in zip(signals.ids, signals.frozen, strict=True):
+            z = signals.of(id)["novelty"]
+            if frozen and z > self.z and signals.of(id)["idle"] < self.recent:
+                reason = f"its inputs have moved: z {z:.2f} > {self.z:.2f}"
+                proposals.append(Proposal("thaw", (id,), reason, {"novelty": z}))
+        return proposals

@@ -25,10 +25,10 @@ class MergeSimilar:
 
     def propose(self, signals: Signals) -> list[Proposal]:
         old = [i for i, age in enumerate(signals.values["age"]) if age >= self.min_age]
-        if len(old) < 2:
+        if not _pairs(signals, old):
             return []
         similarity_EE = signals.similarity()
-        pairs = [(float(similarity_EE[i, j]), i, j) for i in old for j in old if i < j]
+        pairs = [(float(similarity_EE[i, j]), i, j) for i, j in _pairs(signals, old)]
         return [
             Proposal(
                 "merge",
@@ -39,3 +39,45 @@ class MergeSimilar:
             for s, i, j in sorted(pairs, key=lambda pair: -pair[0])
             if s > self.similarity
         ]
+
+
+@dataclass(frozen=True)
+class MergeOverlapping:
+    """The inputs of two experts overlap: the mean of neither is novel to the other.
+
+    For experts that are statistics (`Moments`), whose merger is exact; whether one expert can speak
+    for both is left to consent.
+
+    Args:
+        z: standard deviations within which each mean must lie, by the other's measure.
+        min_hits: forwards that hit an expert before it is judged.
+    """
+
+    z: float = 2.0
+    min_hits: int = 30
+
+    def __post_init__(self) -> None:
+        positive(self, z=self.z)
+
+    def propose(self, signals: Signals) -> list[Proposal]:
+        old = [i for i, hits in enumerate(signals.values["hits"]) if hits >= self.min_hits]
+        pairs = []
+        for i, j in _pairs(signals, old):
+            z = float(max(signals.overlap[i, j], signals.overlap[j, i]))
+            if z < self.z:
+                pairs.append((z, i, j))
+        return [
+            Proposal(
+                "merge",
+                (signals.ids[i], signals.ids[j]),
+                f"inputs overlap: means within {z:.2f} < {self.z:.2f} sd",
+                {"overlap": z},
+            )
+            for z, i, j in sorted(pairs)
+        ]
+
+
+def _pairs(signals: Signals, among: list[int]) -> list[tuple[int, int]]:
+    """Pairs of positions whose experts can be merged."""
+    groups = signals.groups
+    return [(i, j) for i in among for j in among if i < j and groups[i] == groups[j]]

@@ -38,6 +38,42 @@ class SpawnOnNovelty:
 
 
 @dataclass(frozen=True)
+class SplitOnNovelty:
+    """What an expert receives has become novel to it and to all that might have taken it instead.
+
+    Unlike `SpawnOnNovelty` it judges each expert by its own rows, for gates that route by what an
+    expert knows (`ClosedFormGate`): a domain may be new to one label's experts alone.
+
+    Args:
+        share: running share (over about 8 forwards) of the expert's rows that are novel, above
+            which to spawn from it.
+        min_hits: forwards that hit the expert before it is judged.
+    """
+
+    share: float = 0.25
+    min_hits: int = 30
+
+    def __post_init__(self) -> None:
+        positive(self, share=self.share)
+
+    def propose(self, signals: Signals) -> list[Proposal]:
+        novel = []
+        for id in signals.ids:
+            v = signals.of(id)
+            if v["hits"] >= self.min_hits and v["novel"] > self.share:
+                novel.append((v["novel"], id))
+        return [
+            Proposal(
+                "spawn",
+                (id,),
+                f"{n:.0%} > {self.share:.0%} of its inputs are novel",
+                {"novel": n, "novelty": signals.of(id)["novelty"]},
+            )
+            for n, id in sorted(novel, reverse=True)
+        ]
+
+
+@dataclass(frozen=True)
 class SpawnOnOverload:
     """An expert receives many times its fair share of the rows: clone it.
 

@@ -1,0 +1,224 @@
+"""A gate that is solved, not trained, and so cannot forget.
+
+Legend: T inputs, D features, G = D + 1, E experts, C labels, S experts on the shortlist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from growmoe.assignment import Assignment
+from growmoe.experts.expert import Expert
+from growmoe.experts.moments import Moments
+from growmoe.experts.statistics import RecordView
+from growmoe.routers.router import Entry, Router, Routing
+from growmoe.signals import NOVEL_Z, READY_HITS, distance_z
+
+
+class ClosedFormGate(Router):
+    """Chooses among `Moments` experts by least squares on what they have summed up.
+
+    In training, with the labels as context, an input goes to the expert of its label that finds
+    it least novel (`growmoe.signals`); what is novel to all of them goes to the youngest, if one
+    was just born. An input whose label has no expert is not routed.
+
+    Without context, a global head shortlists and local heads decide:
+
+    1. W = (Σ_e M_e + r I)⁻¹ Σ_e M_e e_G y_eᵀ: ridge regression onto labels over everything all
+       experts have seen, as RanPAC (arXiv 2307.02251, eq. 5) and ACIL (2205.14922) solve it, since
+       the sum of the experts' moments is the moment of everything.
+    2. The S best labels are each represented by their expert that finds the input least novel.
+    3. Each pair (a, b) of these has a local head, least squares onto ±1 on M_a + M_b alone: what
+       separates two experts is told best by their own scatter, not by everyone's. The expert's
+       weight is Σ over its opponents of σ(4 · head), over the sum of all.
+
+    Heads are solved when first needed and kept until the moments behind them change.
+
+    Args:
+        shortlist: S.
+        ridge: r of the global head, in average examples: r = ridge · mean diagonal / count.
+        local_ridge: the same for the local heads.
+    """
+
+    def __init__(self, shortlist: int = 3, ridge: float = 0.3, local_ridge: float = 2.0) -> None:
+        super().__init__()
+        if not isinstance(shortlist, int) or shortlist < 1:
+            raise ValueError(f"shortlist must be a positive integer, got {shortlist!r}")
+        if not (ridge > 0 and local_ridge > 0):
+            raise ValueError(f"ridges must be positive, got {ridge!r} and {local_ridge!r}")
+        self.shortlist, self.ridge, self.local_ridge = shortlist, ridge, local_ridge
+        self._heads: dict[Any, Tensor] = {}
+
+    def entries(self, d_model: int) -> dict[str, Entry]:
+        """None: all that this gate knows of an expert is in its moments."""
+        return {}
+
+    @torch.no_grad()
+    def forward(
+        self, x_TD: Tensor, experts: Sequence[Expert], admission_E: Tensor, context: Any = None
+    ) -> Routing:
+        """Choose; `context` is int64 [T], the labels, or None to predict them."""
+        label_E = torch.stack([_body(e).label for e in experts])
+        records = torch.stack([e.statistics.record for e in experts])
+        z_TE = distance_z(RecordView(records, x_TD.shape[1]), x_TD.float())
+        hits_E = RecordView(records, x_TD.shape[1])["hits"]
+        if context is not None:
+            return self._teach(z_TE, hits_E > READY_HITS, label_E, context)
+        return self._predict(x_TD, experts, z_TE, hits_E > READY_HITS, label_E)
+
+    def _teach(self, z_TE: Tensor, ready_E: Tensor, label_E: Tensor, label_T: Tensor) -> Routing:
+        own_TE = label_E == label_T[:, None]
+        settled_TE = z_TE.masked_fill(~(own_TE & ready_E), torch.inf)
+        nearest_T, expert_T = settled_TE.min(1)
+        newborn_TE = own_TE & ~ready_E
+        youngest_T = len(label_E) - 1 - newborn_TE.flip(1).int().argmax(1)
+        to_newborn_T = newborn_TE.any(1) & (nearest_T > NOVEL_Z)
+        expert_T = torch.where(to_newborn_T, youngest_T, expert_T)
+        known_T = own_TE.any(1)
+        token_R = known_T.nonzero()[:, 0]
+        assignment = Assignment.from_pairs(
+            token_R,
+            expert_T[token_R],
+            torch.ones(len(token_R), device=z_TE.device),
+            num_experts=len(label_E),
+            num_tokens=len(label_T),
+        )
+        return Routing(assignment, own_TE.float(), -z_TE, candidates_TE=own_TE)
+
+    def _predict(
+        self,
+        x_TD: Tensor,
+        experts: Sequence[Expert],
+        z_TE: Tensor,
+        ready_E: Tensor,
+        label_E: Tensor,
+    ) -> Routing:
+        alive = {_stamp(e) for e in experts}
+        self._heads = {key: head for key, head in self._heads.items() if alive.issuperset(key[1:])}
+        x_TG = F.pad(x_TD, (0, 1), value=1.0)
+        labels_C, index_E = label_E.unique(return_inverse=True)
+        gate_TC = x_TG @ self._global_head(experts, index_E, len(labels_C))
+        # who speaks for a label: its expert that finds the input least novel
+        distance_TE = z_TE + torch.where(ready_E, 0.0, 1e6)
+        speaker_TC = torch.stack(
+            [
+                (own := (index_E == c).nonzero()[:, 0])[distance_TE[:, own].argmin(1)]
+                for c in range(len(labels_C))
+            ],
+            dim=1,
+        )
+        size = min(self.shortlist, len(labels_C))
+        best_TS = gate_TC.topk(size, dim=1).indices
+        expert_TS = speaker_TC.gather(1, best_TS)
+        vote_TS = self._duels(x_TG, experts, expert_TS)
+        assignment = Assignment.from_choice(expert_TS, vote_TS, len(experts))
+        gate_TE = gate_TC[:, index_E]
+        return Routing(assignment, gate_TE.softmax(1), gate_TE)
+
+    def _duels(self, x_TG: Tensor, experts: Sequence[Expert], expert_TS: Tensor) -> Tensor:
+        """Each shortlisted expert's share of the votes of the local heads: [T, S]."""
+        num_tokens, size = expert_TS.shape
+        if size == 1:
+            return torch.ones_like(expert_TS, dtype=x_TG.dtype)
+        vote_TS = x_TG.new_zeros(num_tokens, size)
+        for i, j in combinations(range(size), 2):
+            low_T = torch.minimum(expert_TS[:, i], expert_TS[:, j])
+            high_T = torch.maximum(expert_TS[:, i], expert_TS[:, j])
+            pair_T = low_T * len(experts) + high_T
+            low_wins_T = x_TG.new_empty(num_tokens)
+            for pair in pair_T.unique().tolist():
+                where = (pair_T == pair).nonzero()[:, 0]
+                a, b = divmod(pair, len(experts))
+                head_G = self._local_head(experts[a], experts[b])
+                low_wins_T[where] = torch.sigmoid(4 * (x_TG[where] @ head_G))
+            i_wins_T = torch.where(expert_TS[:, i] == low_T, low_wins_T, 1 - low_wins_T)
+            vote_TS[:, i] += i_wins_T
+            vote_TS[:, j] += 1 - i_wins_T
+        return vote_TS / vote_TS.sum(1, keepdim=True)
+
+    def _global_head(self, experts: Sequence[Expert], index_E: Tensor, labels: int) -> Tensor:
+        stamps = ("global", *(_stamp(e) for e in experts))
+
+        def solve() -> Tensor:
+            total_GG = sum(_moment(e).double() for e in experts)
+            assert isinstance(total_GG, Tensor)
+            cross_CG = total_GG.new_zeros(labels, len(total_GG))
+            for expert, c in zip(experts, index_E.tolist(), strict=True):
+                cross_CG[c] += _moment(expert)[-1]
+            return solve_ridge(total_GG, cross_CG.T, self.ridge)
+
+        return self._head(stamps, solve)
+
+    def _local_head(self, a: Expert, b: Expert) -> Tensor:
+        def solve() -> Tensor:
+            m_a, m_b = _moment(a), _moment(b)
+            return solve_ridge(m_a + m_b, (m_a[-1] - m_b[-1])[:, None], self.local_ridge)[:, 0]
+
+        return self._head(("local", _stamp(a), _stamp(b)), solve)
+
+    def _head(self, key: Any, solve: Any) -> Tensor:
+        head = self._heads.get(key)
+        if head is None:
+            head = solve()
+        self._heads[key] = head
+        return head
+
+    def head_numbers(self) -> int:
+        """How many numbers the solved heads take."""
+        return sum(head.numel() for head in self._heads.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_heads": {}}
+
+    def extra_repr(self) -> str:
+        return f"shortlist={self.shortlist}, ridge={self.ridge}, local_ridge={self.local_ridge}"
+
+
+def solve_ridge(moment_GG: Tensor, target_GC: Tensor, ridge: float) -> Tensor:
+    """(M + r I)⁻¹ B in float64, r = ridge · mean diagonal / count; the constant is not shrunk.
+
+    Args:
+        moment_GG: [G, G], with the count in its corner.
+        target_GC: [G, C].
+
+    Returns:
+        float32 [G, C].
+    """
+    moment_GG = moment_GG.double().clone()
+    diagonal_G = moment_GG.diagonal()
+    count = diagonal_G[-1].clone().clamp_min(1)
+    penalty = ridge * diagonal_G[:-1].mean() / count
+    # a floor keeps the factor positive where features are constant or nothing was seen
+    diagonal_G[:-1] += penalty + 1e-9 * count
+    diagonal_G[-1] += 1e-9 * count
+    factor_GG = torch.linalg.cholesky(moment_GG)
+    return torch.cholesky_solve(target_GC.double(), factor_GG).float()
+
+
+def _body(expert: Expert) -> Moments:
+    if not isinstance(expert.body, Moments):
+        raise ValueError(
+            f"ClosedFormGate chooses among Moments experts, expert {expert.id} is a "
+            f"{type(expert.body).__name__}"
+        )
+    return expert.body
+
+
+def _moment(expert: Expert) -> Tensor:
+    """Its moments; a frozen one's scaled up to all it received, so that it keeps its say."""
+    body = _body(expert)
+    return body.moment * (_scale(expert) if expert.frozen else 1.0)
+
+
+def _scale(expert: Expert) -> float:
+    return max(1.0, expert.statistics["rows"] / max(_body(expert).count, 1.0))
+
+
+def _stamp(expert: Expert) -> tuple[int, float]:
+    return _body(expert).stamp, _scale(expert) if expert.frozen else 1.0
