@@ -164,8 +164,9 @@ class MoE(nn.Module):
     ) -> Routing:
         """Where inputs go: [T, D] -> `Routing` over `experts`, by default all the living."""
         experts = list(self.experts.values()) if experts is None else experts
-        admission_E = torch.stack([e.statistics.record for e in experts])
-        admission_E = experts[0].statistics.view(admission_E)["admission"]
+        admission_E = torch.ones(len(experts), device=x_TD.device)
+        if any(e.admission < 1 for e in experts):
+            admission_E = torch.tensor([e.admission for e in experts], device=x_TD.device)
         return self.router(x_TD, experts, admission_E, context)
 
     @torch.no_grad()
@@ -250,8 +251,8 @@ class MoE(nn.Module):
                     value = entry.toward(toward.to(values), values)
             value = value.to(**place)
             entries[name] = nn.Parameter(value) if entry.parameter else value
-        statistics = Statistics(self.d_model, self.evidence_rows, admission, place["device"])
-        expert = Expert(self.next_id, body, entries, statistics)
+        statistics = Statistics(self.d_model, self.evidence_rows, place["device"])
+        expert = Expert(self.next_id, body, entries, statistics, admission)
         expert.train(self.training)
         self.next_id += 1
         return expert

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -298,7 +299,7 @@ def dismiss(optimizers: Sequence[Optimizer], dead: Iterable[nn.Parameter]) -> No
             del optimizer.state[p]
 
 
-def guard(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
+def guard(optimizer: Optimizer, model: nn.Module) -> _Handle:
     """Before each step, restore None where an idle expert's gradient became zeros.
 
     `zero_grad(set_to_none=False)` and DistributedDataParallel leave zeros, with which momentum and
@@ -309,6 +310,8 @@ def guard(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
 
     Returns:
         A handle; its `remove()` ends it.
+
+    It also makes a step between a forward and its backward raise where the optimizer is fused.
     """
     layers = [weakref.ref(layer) for layer in moe_layers(model).values()]
 
@@ -318,7 +321,26 @@ def guard(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
             if layer is not None:
                 _restore_none(layer)
 
-    return optimizer.register_step_pre_hook(before_step)
+    def after_step(*_: Any) -> None:
+        for group in optimizer.param_groups:
+            if group.get("fused"):
+                # fused kernels do not count their writes, which a backward must be able to notice
+                increment_version([p for p in group["params"] if p.grad is not None])
+
+    pre, post = (
+        optimizer.register_step_pre_hook(before_step),
+        optimizer.register_step_post_hook(after_step),
+    )
+    return _Handle(pre, post)
+
+
+class _Handle:
+    def __init__(self, *handles: RemovableHandle) -> None:
+        self.handles = handles
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
 
 
 def _restore_none(layer: MoE) -> None:

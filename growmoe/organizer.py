@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 from growmoe import surgery
 from growmoe.consent import evaluating, evidence_of, output_change, weight_dtype
 from growmoe.experts.expert import check_alike, merge_group
-from growmoe.experts.statistics import FIELDS
+from growmoe.experts.statistics import FIELDS, distance_z
 from growmoe.lineage import Event
 from growmoe.moe import MoE, moe_layers
 from growmoe.optim import as_optimizers, guard
 from growmoe.rules.rule import Proposal, Rule
-from growmoe.signals import Signals, distance_z
+from growmoe.signals import Signals
 
 log = logging.getLogger("growmoe")
 
@@ -231,7 +231,7 @@ def _check_left(layer: MoE, ids: Sequence[int]) -> None:
     left = [e for id, e in layer.experts.items() if id not in ids]
     if len(left) < layer.router.min_experts:
         raise surgery.Refused(f"the router needs {layer.router.min_experts} experts", None)
-    if not any(e.statistics["admission"] > 0 for e in left):
+    if not any(e.admission > 0 for e in left):
         raise surgery.Refused("only newborns would be left", None)
 
 
@@ -271,7 +271,7 @@ def snapshot(layer: MoE) -> Signals:
             left = [e for e in experts if e is not expert]
             if len(left) < layer.router.min_experts or expert.statistics["hits"] == 0:
                 continue
-            if not any(e.statistics["admission"] > 0 for e in left):
+            if not any(e.admission > 0 for e in left):
                 continue
             change, _ = output_change(layer, left, [expert])
             if change is not None:

@@ -30,12 +30,16 @@ from torch import Tensor, nn
 
 from growmoe.assignment import Assignment
 from growmoe.experts.expert import Expert
-from growmoe.experts.statistics import RecordView
+from growmoe.experts.statistics import (
+    NOVEL_Z,
+    READY_HITS,
+    RecordView,
+    distance_z,
+    score_sd,
+)
 
 RATE = 0.02
 SAMPLE = 256
-NOVEL_Z = 2.0
-READY_HITS = 20  # forwards before an expert's moments are trusted
 LOSS_FAST, LOSS_SLOW = 0.1, 0.01
 NOVELTY_RATE = 1 / 8
 
@@ -112,7 +116,8 @@ class Recorder(nn.Module):
         r["idle"] = torch.where(hit_E, 0.0, r["idle"] + 1)
         r["rows"] += count_E
         r["hits"] += hit_E
-        r["admission"] = (r["admission"] + 1 / self.warmup).clamp_max(1)
+        for expert in experts:
+            expert.admission = min(1.0, expert.admission + 1 / self.warmup)
         rate_E = (1 / r["age"]).clamp_min(RATE)
         hit_rate_E = (1 / r["hits"].clamp_min(1)).clamp_min(RATE) * hit_E
         mass_E = _sum_rows(assignment.weight_R.float(), assignment)
@@ -145,7 +150,7 @@ class Recorder(nn.Module):
         nearest_Q = z_QE.masked_fill(~judge_QE, torch.inf).amin(1)
         novel_Q = (nearest_Q > NOVEL_Z) & nearest_Q.isfinite()
         own_z_Q = z_QE.gather(1, expert_Q[:, None])[:, 0]
-        own_score_Q = own_z_Q * _score_sd(r)[expert_Q] + r["score_mean"][expert_Q]
+        own_score_Q = own_z_Q * score_sd(r)[expert_Q] + r["score_mean"][expert_Q]
 
         def mean_by_expert(value: Tensor, weight_Q: Tensor) -> tuple[Tensor, Tensor]:
             shape = (len(r["age"]), *value.shape[1:])
@@ -167,7 +172,7 @@ class Recorder(nn.Module):
 
         # clipped at 3 sd, not dropped: dropping what is novel would narrow the spread ever more
         every_Q = torch.ones_like(own_z_Q)
-        sd_Q = _score_sd(r)[expert_Q]
+        sd_Q = score_sd(r)[expert_Q]
         clipped_Q = torch.where(
             (r["hits"] > READY_HITS)[expert_Q],
             r["score_mean"][expert_Q] + own_z_Q.clamp(-3, 3) * sd_Q,
@@ -273,24 +278,6 @@ class Recorder(nn.Module):
         self.novel[1:] = 0
         if forget:
             self.novel[0] = 0
-
-
-def _score_sd(r: RecordView) -> Tensor:
-    # of a logarithm: a smaller spread would call a distance of 1.2 times the usual one novel
-    return r["score_var"].sqrt().clamp_min(0.1)
-
-
-def distance_z(r: RecordView, x_QD: Tensor) -> Tensor:
-    """z_e(x) of the module's docstring, for all pairs: [Q, D] -> [Q, E]."""
-    center_D = r.mean.mean(0)
-    x_QD, mean_ED = x_QD - center_D, r.mean - center_D
-    precision_ED = 1 / (r.var + r.var.mean(1, keepdim=True) / 20 + 1e-8)
-    score_QE = (
-        x_QD.square() @ precision_ED.T
-        - 2 * x_QD @ (mean_ED * precision_ED).T
-        + (mean_ED.square() * precision_ED).sum(1)
-    ) / x_QD.shape[1]
-    return (score_QE.clamp_min(1e-6).log() - r["score_mean"]) / _score_sd(r)
 
 
 def _sum_rows(value_R: Tensor, assignment: Assignment) -> Tensor:

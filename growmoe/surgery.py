@@ -178,7 +178,7 @@ def prune(
     dead = [layer.experts[id] for id in ids]
     rest = [e for e in layer.experts.values() if e.id not in ids]
     _check_left(layer, len(rest), "prune", ids)
-    if not any(e.statistics["admission"] > 0 for e in rest):
+    if not any(e.admission > 0 for e in rest):
         raise ValueError(
             f"prune: layer {layer.name!r} would be left with newborns alone "
             f"({[e.id for e in rest]}), which the gate has not admitted yet"
@@ -315,8 +315,10 @@ def _make(
         statistics = merged_statistics([e.statistics for e in parents], layer.generator)
     else:
         device = first.statistics.record.device
-        statistics = Statistics(layer.d_model, layer.evidence_rows, admission or 0.0, device)
-    expert = Expert(layer.next_id, body, entries, statistics)
+        statistics = Statistics(layer.d_model, layer.evidence_rows, device)
+    if admission is None:
+        admission = max(e.admission for e in parents)
+    expert = Expert(layer.next_id, body, entries, statistics, admission)
     layer.next_id += 1
     for name, p in expert.learned().items():
         p.requires_grad_(name in trainable)

@@ -21,12 +21,18 @@ class Expert(nn.Module):
         body: the network, any module that maps [R, D] to [R, O].
         entries: what the layer's router keeps about it (parameters and buffers by name).
         statistics: what it lived through; its `record` never changes dtype with the model.
+        admission: in [0, 1], how far the gate lets it in; 0 for a newborn.
         frozen: whether its parameters, entries and buffers stand still. A frozen body is in eval
             mode, so that dropout and running statistics stand still too.
     """
 
     def __init__(
-        self, id: int, body: nn.Module, entries: dict[str, Tensor], statistics: Statistics
+        self,
+        id: int,
+        body: nn.Module,
+        entries: dict[str, Tensor],
+        statistics: Statistics,
+        admission: float = 1.0,
     ) -> None:
         super().__init__()
         self.id = id
@@ -38,6 +44,9 @@ class Expert(nn.Module):
             else:
                 self.entries.register_buffer(name, value)
         self.statistics = statistics
+        self.admission = (
+            admission  # a host float: routers size by it
+        )
         self.frozen = False
         self.touched = False  # whether a gradient reached it since the last optimizer step
         self._trainable: list[str] = []  # what thaw makes trainable again
@@ -83,11 +92,13 @@ class Expert(nn.Module):
         return {
             "kind": kind_of(self.body),
             "config": config,
+            "admission": self.admission,
             "frozen": self.frozen,
             "trainable": list(self._trainable),
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.admission = state["admission"]
         self.thaw()
         if state["frozen"]:
             for name, p in self.learned().items():

@@ -32,8 +32,9 @@ FIELDS = (
     "loss_slow",  # … rate 0.01 …
     "loss_var",  # … and the variance around the latter
     "loss_count",  # losses seen
-    "admission",  # in [0, 1]: how far a newborn has been let into the gate
 )
+NOVEL_Z = 2.0  # standard deviations beyond which an input is novel to an expert
+READY_HITS = 20  # forwards before an expert's moments are trusted
 _INDEX = {name: i for i, name in enumerate(FIELDS)}
 
 
@@ -43,7 +44,6 @@ class Statistics(nn.Module):
     Args:
         d_model: D, the width of the inputs.
         evidence_rows: M, how many of its inputs are kept; 0 keeps none.
-        admission: 1 for an expert that takes part at once, 0 for a newborn.
     """
 
     record: Tensor
@@ -52,14 +52,12 @@ class Statistics(nn.Module):
         self,
         d_model: int,
         evidence_rows: int,
-        admission: float = 1.0,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.d_model, self.evidence_rows = d_model, evidence_rows
         length = len(FIELDS) + (2 + evidence_rows) * d_model
         self.register_buffer("record", torch.zeros(length, dtype=torch.float32, device=device))
-        self.record[_INDEX["admission"]] = admission
 
     def __getitem__(self, field: str) -> float:
         """One number of the record; waits for the device."""
@@ -124,7 +122,7 @@ def merged_statistics(parents: Sequence[Statistics], generator: torch.Generator)
         values = torch.stack([v[field] for v in views])
         if field in ("load", "gate_mass", "rows"):
             out[field] = values.sum()
-        elif field in ("age", "hits", "loss_count", "admission"):
+        elif field in ("age", "hits", "loss_count"):
             out[field] = values.max()
         elif field == "idle":
             out[field] = values.min()
@@ -145,3 +143,21 @@ def merged_statistics(parents: Sequence[Statistics], generator: torch.Generator)
             else out["hits"]
         )
     return result
+
+
+def score_sd(r: RecordView) -> Tensor:
+    # of a logarithm: a smaller spread would call a distance of 1.2 times the usual one novel
+    return r["score_var"].sqrt().clamp_min(0.1)
+
+
+def distance_z(r: RecordView, x_QD: Tensor) -> Tensor:
+    """z_e(x) of `growmoe.signals`, for all pairs: [Q, D] -> [Q, E]."""
+    center_D = r.mean.mean(0)
+    x_QD, mean_ED = x_QD - center_D, r.mean - center_D
+    precision_ED = 1 / (r.var + r.var.mean(1, keepdim=True) / 20 + 1e-8)
+    score_QE = (
+        x_QD.square() @ precision_ED.T
+        - 2 * x_QD @ (mean_ED * precision_ED).T
+        + (mean_ED.square() * precision_ED).sum(1)
+    ) / x_QD.shape[1]
+    return (score_QE.clamp_min(1e-6).log() - r["score_mean"]) / score_sd(r)

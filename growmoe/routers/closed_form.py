@@ -16,9 +16,8 @@ from torch import Tensor
 from growmoe.assignment import Assignment
 from growmoe.experts.expert import Expert
 from growmoe.experts.moments import Moments
-from growmoe.experts.statistics import RecordView
+from growmoe.experts.statistics import NOVEL_Z, READY_HITS, RecordView, distance_z
 from growmoe.routers.router import Entry, Router, Routing
-from growmoe.signals import NOVEL_Z, READY_HITS, distance_z
 
 
 class ClosedFormGate(Router):

@@ -19,7 +19,8 @@ class ExpertChoice(Router):
 
     Each of E experts takes the ceil(T · capacity / E) tokens that score highest for it, so the
     load is balanced by construction and a token gets any number of experts, none included. The
-    combine weight is the token's softmax probability of the expert.
+    combine weight is the token's softmax probability of the expert. While a newborn is let in,
+    shares are in proportion to the experts' admission.
 
     Which tokens an expert takes depends on the whole batch, later tokens included, so it must not
     be used in a causal model.
@@ -45,13 +46,20 @@ class ExpertChoice(Router):
         logits_TE = linear_logits(x_TD, experts, admission_E)
         probs_TE = logits_TE.softmax(-1)
         num_tokens, num_experts = probs_TE.shape
-        share = min(num_tokens, math.ceil(num_tokens * self.capacity / num_experts))
-        weight_EC, token_EC = probs_TE.T.topk(share, dim=-1)
-        expert_E = torch.arange(num_experts, device=x_TD.device)
+        admitted = sum(e.admission for e in experts)
+        shares = [
+            min(num_tokens, math.ceil(num_tokens * self.capacity * e.admission / admitted))
+            for e in experts
+        ]
+        largest = max(shares)
+        weight_EC, token_EC = probs_TE.T.topk(largest, dim=-1)
+        index_R = torch.cat([torch.arange(n) + e * largest for e, n in enumerate(shares)]).to(
+            x_TD.device
+        )
         assignment = Assignment.from_pairs(
-            token_R=token_EC.reshape(-1),
-            expert_R=expert_E.repeat_interleave(share),
-            weight_R=weight_EC.reshape(-1),
+            token_R=token_EC.reshape(-1)[index_R],
+            expert_R=index_R // max(largest, 1),
+            weight_R=weight_EC.reshape(-1)[index_R],
             num_experts=num_experts,
             num_tokens=num_tokens,
         )

@@ -1,0 +1,90 @@
+"""Imports point one way, and the core needs torch, numpy, scipy and safetensors alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import growmoe
+
+ROOT = Path(growmoe.__file__).parent
+# from the ground up; a room imports from its own level or from below
+LEVELS = [
+    {"assignment"},
+    {"experts"},
+    {"routers"},
+    {"signals", "losses", "lineage", "live"},
+    {"moe"},
+    {"optim", "consent", "ema"},
+    {"surgery", "rules"},
+    {"organizer"},
+    {"checkpoint"},
+]
+CORE = set().union(*LEVELS)
+HEAVY = {
+    "avalanche",
+    "matplotlib",
+    "ray",
+    "rich",
+    "sklearn",
+    "torchvision",
+    "transformers",
+    "typer",
+}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of all that the file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+FILES = sorted(path for path in ROOT.rglob("*.py") if room_of(path) in CORE)
+
+
+def test_every_room_of_the_core_is_there() -> None:
+    assert {room_of(path) for path in FILES} == CORE
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_core_imports_its_four_libraries_alone(path: Path) -> None:
+    allowed = {"growmoe", "torch", "numpy", "scipy", "safetensors", *sys.stdlib_module_names}
+    assert {name.split(".")[0] for name in imported(path)} <= allowed
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_arrows_point_one_way(path: Path) -> None:
+    level = next(i for i, rooms in enumerate(LEVELS) if room_of(path) in rooms)
+    below = set().union(*LEVELS[: level + 1])
+    for name in imported(path):
+        if name.split(".")[0] == "growmoe":
+            assert name.split(".")[1] in below, f"{path.name} imports {name}"
+
+
+def test_importing_growmoe_loads_nothing_heavy() -> None:
+    code = "import sys, growmoe; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
+    )
+    loaded = set(done.stdout.split())
+    assert "growmoe" in loaded
+    assert not loaded & HEAVY
+
+
+def test_all_that_is_announced_is_there() -> None:
+    for name in growmoe.__all__:
+        assert hasattr(growmoe, name)
