@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from growmoe.live import refuse_unseen_optimizers
-from growmoe.moe import MoE, expert_states, moe_layers
+from growmoe.moe import MoE, moe_layers
 from growmoe.optim import as_optimizers
 from growmoe.organizer import Organizer
+from growmoe.structure import differs, saved_structure
 
 FORMAT = "growmoe-checkpoint-1"
 
@@ -84,7 +85,8 @@ def load(
         path: what `save` wrote.
         model: of the same architecture; its MoE layers take the saved structure.
         optimizer, organizer, scheduler: those that were saved, in the same order. One that was
-            saved may be left out; an optimizer that is alive on the model may not.
+            saved may be left out, but where the structure differs no optimizer that is alive on
+            the model may.
         experts: kind -> a function that builds a body, for kinds of expert other than `FFN` and
             those the model already has.
         random_state: also restore the random state of torch, numpy and Python.
@@ -160,10 +162,10 @@ def _restructure(
     optimizers: list[Optimizer],
     factories: dict[str, Callable[[], nn.Module]] | None,
 ) -> None:
-    saved = expert_states(content["model"], f"{prefix}experts.")
+    saved = saved_structure(content["model"], f"{prefix}experts.")
     if not saved:
         raise ValueError(f"{path}: has no experts for layer {prefix.rstrip('.') or 'moe'!r}")
-    if layer.differs(saved):
+    if differs(layer.experts, saved):
         refuse_unseen_optimizers(layer, optimizers)
         layer.restructure(saved, factories)
 

@@ -54,7 +54,8 @@ class Event:
             what = f"refused to {self.act} {_list(self.ids)}"
         cost = "" if self.change is None else f" (output changed by {self.change:.2%})"
         why = f": {self.reason}" if self.reason else ""
-        return f"step {self.step}: {self.layer} {what}{why}{cost}"
+        layer = f"layer {self.layer}" if self.layer.isdecimal() else self.layer
+        return f"step {self.step}: {layer} {what}{why}{cost}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from growmoe.assignment import Assignment
 from growmoe.experts.bank import ExpertBank, run_each
-from growmoe.experts.expert import Expert, fresh_body, kind_of, seeded
+from growmoe.experts.expert import Expert, fresh_body, seeded
 from growmoe.experts.ffn import FFN
 from growmoe.experts.statistics import Statistics
 from growmoe.lineage import Event, Lineage
@@ -19,8 +19,7 @@ from growmoe.losses import balance_loss, z_loss
 from growmoe.routers.router import Router, Routing
 from growmoe.routers.topk import TopK
 from growmoe.signals import Recorder
-
-Template = nn.Module | Callable[[], nn.Module]
+from growmoe.structure import Saved, Template, differs, experts_for, saved_structure
 
 
 class MoE(nn.Module):
@@ -319,61 +318,34 @@ class MoE(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         # before torch loads the children: there must be an expert for each saved id
-        saved = expert_states(state_dict, prefix + "experts.")
-        if saved and self.differs(saved):
+        saved = saved_structure(state_dict, prefix + "experts.")
+        if saved and differs(self.experts, saved):
             refuse_unseen_optimizers(self, [])
             self.restructure(saved)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def differs(self, saved: dict[int, dict[str, Any]]) -> bool:
-        """Whether the saved experts (id -> `Expert.get_extra_state`) are others than the living."""
-        return list(self.experts) != sorted(saved) or any(
-            not _same_kind(expert, saved[id]) for id, expert in self.experts.items()
-        )
-
     def restructure(
-        self,
-        saved: dict[int, dict[str, Any]],
-        factories: dict[str, Callable[[], nn.Module]] | None = None,
+        self, saved: Saved, factories: dict[str, Callable[[], nn.Module]] | None = None
     ) -> None:
         """Hold an expert for each saved id, of the saved kind; its weights are still to be loaded.
 
         Args:
             saved: id -> `Expert.get_extra_state`.
-            factories: kind -> a function that builds a body, for kinds other than `FFN` and that
-                of the layer's own template.
+            factories: kind -> a function that builds a body, for kinds other than `FFN` and those
+                of the layer's own template and experts.
 
         Raises:
-            ValueError: a kind that nothing here can build, or too few experts for the router.
+            ValueError: a kind that nothing here can build, or too few experts for the router;
+                nothing has changed then.
         """
         if len(saved) < self.router.min_experts:
             raise ValueError(
                 f"{self.name}: {self.router} needs at least {self.router.min_experts} experts, "
                 f"the saved state has {len(saved)}"
             )
-        makers: dict[str, Template] = {"FFN": FFN(1)}
-        for template in [*self._template, *(e.body for e in self.experts.values())]:
-            if isinstance(template, nn.Module):
-                makers.setdefault(kind_of(template), template)
-        makers |= factories or {}
         before = (self.next_id, self.generator.get_state())
-        experts = []
         try:
-            for id, state in sorted(saved.items()):
-                mine = self.experts.get(id)
-                if mine is None or not _same_kind(mine, state):
-                    kind = state["kind"]
-                    if kind not in makers:
-                        raise ValueError(
-                            f"{self.name}: expert {id} is a {kind}, which is not known here; pass "
-                            f"experts={{{kind!r}: function that builds one}} to growmoe.load"
-                        )
-                    maker = makers[kind]
-                    if kind == "FFN":  # a template, whose weights nobody needs
-                        maker = FFN(**state["config"], generator=torch.Generator())
-                    mine = self.newborn(maker)
-                    mine.id = id
-                experts.append(mine)
+            experts = experts_for(saved, self.experts, self._template, factories, self.newborn)
         except BaseException:
             self.next_id = before[0]
             self.generator.set_state(before[1])
@@ -382,22 +354,6 @@ class MoE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_out={self.d_out}, experts={list(self.experts)}"
-
-
-def expert_states(state_dict: dict[str, Any], prefix: str) -> dict[int, dict[str, Any]]:
-    """The experts that a state dict holds under `prefix`: id -> `Expert.get_extra_state`."""
-    states = {}
-    for key, value in state_dict.items():
-        if key.startswith(prefix) and key.endswith("._extra_state"):
-            id = key[len(prefix) :].split(".")[0]
-            if id.isdecimal():
-                states[int(id)] = value
-    return states
-
-
-def _same_kind(expert: Expert, state: dict[str, Any]) -> bool:
-    mine = expert.get_extra_state()
-    return all(mine[key] == state[key] for key in ("kind", "config"))
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:

@@ -6,7 +6,7 @@ Parameters are followed by identity. What each state entry means is stated once,
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -308,18 +308,19 @@ def guard(optimizer: Optimizer, model: nn.Module) -> _Handle:
     is not zero and stays. Not covered: a step that a `GradScaler` skipped, followed by
     `zero_grad(set_to_none=False)`: then an expert hit in the skipped step may move in the next.
 
+    It also makes a step between a forward and its backward raise where the optimizer is fused.
+
     Returns:
         A handle; its `remove()` ends it.
-
-    It also makes a step between a forward and its backward raise where the optimizer is fused.
     """
     layers = [weakref.ref(layer) for layer in moe_layers(model).values()]
+    seen: weakref.WeakKeyDictionary[Expert, int] = weakref.WeakKeyDictionary()
 
     def before_step(*_: Any) -> None:
         for reference in layers:
             layer = reference()
             if layer is not None:
-                _restore_none(layer)
+                _restore_none(layer, seen)
 
     def after_step(*_: Any) -> None:
         for group in optimizer.param_groups:
@@ -343,12 +344,12 @@ class _Handle:
             handle.remove()
 
 
-def _restore_none(layer: MoE) -> None:
+def _restore_none(layer: MoE, seen: MutableMapping[Expert, int]) -> None:
     idle: list[nn.Parameter] = []
     for expert in layer.experts.values():
-        if not expert.touched:
+        if expert.touches == seen.get(expert, 0):
             idle.extend(p for p in expert.body.parameters() if p.grad is not None)
-        expert.touched = False
+        seen[expert] = expert.touches
     if not idle:
         return
     # rare, so it may wait for the device

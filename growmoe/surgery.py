@@ -223,6 +223,8 @@ def thaw(
 ) -> Event:
     """Frozen experts learn again: what was trainable before `freeze` is trainable again.
 
+    Their running losses begin anew, since the old ones speak of another time.
+
     Raises:
         ValueError: ids unknown, dead, repeated or none.
     """
@@ -230,6 +232,7 @@ def thaw(
     event = _log(layer, step, "thaw", ids, reason=reason, signals=signals)
     for id in ids:
         layer.experts[id].thaw()
+        layer.experts[id].statistics.view()["loss_count"] = 0.0
     return event
 
 

@@ -148,7 +148,7 @@ def run_alone(expert: Expert, x_RD: Tensor, d_out: int) -> Tensor:
     if y_RO.requires_grad and not expert.frozen:
 
         def touch(_: Tensor) -> None:
-            expert.touched = True
+            expert.touches += 1
 
         y_RO.register_hook(touch)
     return y_RO

@@ -44,11 +44,9 @@ class Expert(nn.Module):
             else:
                 self.entries.register_buffer(name, value)
         self.statistics = statistics
-        self.admission = (
-            admission  # a host float: routers size by it
-        )
+        self.admission = admission  # a host float: routers size by it
         self.frozen = False
-        self.touched = False  # whether a gradient reached it since the last optimizer step
+        self.touches = 0  # backward passes that reached it
         self._trainable: list[str] = []  # what thaw makes trainable again
 
     def forward(self, x_RD: Tensor) -> Tensor:

@@ -216,7 +216,7 @@ class _PooledFFN(torch.autograd.Function):
         if not hit:
             return *fixed, *[None] * len(ctx.parameters)
         for e in hit:
-            ctx.experts[e].touched = True
+            ctx.experts[e].touches += 1
         # only the experts that were hit: no row of these buffers outlives the others unused
         index_H = torch.tensor(hit, device=offsets_E.device)
         offsets_H = offsets_E[index_H] if len(hit) < len(counts) else offsets_E
