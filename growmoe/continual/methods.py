@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from growmoe.continual.cell import Cell
+from growmoe.continual.classifier import default_rules
 from growmoe.continual.features import RandomPatchFeatures
 from growmoe.continual.streams import Stream
+from growmoe.routers import ClosedFormGate
 
 Progress = Callable[[float, str], None]
 
@@ -58,7 +60,11 @@ def _baseline(
     return Method(description, run, {**training, **options})
 
 
-def _closed_form(description: str, function: str, **options: Any) -> Method:
+def _closed_form(
+    description: str, function: str, kept: Mapping[str, Any] | None = None, **options: Any
+) -> Method:
+    """A method on fixed features; `kept` are settings that are not options of its function."""
+
     def run(stream: Stream, seed: int, progress: Progress) -> Cell:
         from growmoe.continual import closed_form
 
@@ -66,19 +72,21 @@ def _closed_form(description: str, function: str, **options: Any) -> Method:
 
     settings = {
         **options,
+        **(kept or {}),
         "features": RandomPatchFeatures.for_images(28, 28).settings(),
         "features_of_small_images": RandomPatchFeatures.for_images(8, 8).settings(),
     }
     return Method(description, run, settings)
 
 
-_INTAKE = {"batch_size": 64, "early": 256}
+_INTAKE: dict[str, Any] = {"batch_size": 64, "early": 256}
 
 METHODS: dict[str, Method] = {
     "growmoe": _closed_form(
         "growing closed-form experts; one pass, no replay, no boundaries",
         "run_growmoe",
         **_INTAKE,
+        kept={"rules": [repr(rule) for rule in default_rules()], "gate": repr(ClosedFormGate())},
     ),
     "naive": _baseline("an MLP trained on and on, nothing against forgetting", "run_naive"),
     "replay": _baseline(
