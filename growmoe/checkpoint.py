@@ -118,10 +118,12 @@ def load(
         for name, layer in layers.items()
     }
     try:
-        for name, layer in layers.items():
-            _restructure(
-                path, "" if layer is model else name + ".", layer, content, optimizers, experts
-            )
+        done: set[str] = set()
+        while todo := [item for item in moe_layers(model).items() if item[0] not in done]:
+            name, layer = todo[0]  # an expert may hold layers of its own, which come and go with it
+            prefix = "" if layer is model else name + "."
+            _restructure(path, prefix, layer, content, optimizers, experts)
+            done.add(name)
         _compare(path, model.state_dict(), content["model"])
         plans = [
             _plan(path, o, model, saved)
@@ -327,7 +329,10 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        safetensors.torch.save_file(tensors, temporary, metadata)
+        try:
+            safetensors.torch.save_file(tensors, temporary, metadata)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path}: cannot be written: {error}") from error
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         umask = os.umask(0)

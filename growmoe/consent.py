@@ -6,6 +6,7 @@ recent inputs alone, the experts of an earlier domain look useless.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -30,11 +31,11 @@ def evidence_of(layer: MoE, expert: Expert) -> Tensor | None:
     if hits < MIN_ROWS:
         return None
     if not layer.evidence_rows and hasattr(expert.body, "sample"):
-        return cast(Any, expert.body).sample(32, layer.generator)  # it knows its inputs better
+        return cast(Any, expert.body).sample(32, _generator(layer, expert))  # it knows them better
     view = expert.statistics.view()
     if layer.evidence_rows:
         return view.evidence[: evidence_count(hits, layer.evidence_rows)]
-    draw = torch.randn(32, layer.d_model, generator=layer.generator).to(view.mean)
+    draw = torch.randn(32, layer.d_model, generator=_generator(layer, expert)).to(view.mean)
     return view.mean + draw * view.var.sqrt()
 
 
@@ -60,9 +61,10 @@ def output_change(
             return None, (
                 f"expert {expert.id} has {int(hits)} inputs as evidence, {MIN_ROWS} are needed"
             )
-    worst = 0.0
+    worst = None
     before = list(layer.experts.values())
-    with evaluating(layer):
+    # those that are not in the layer yet too, or they would learn from being asked
+    with evaluating(nn.ModuleList([layer, *after])):
         for expert in before:
             rows = evidence_of(layer, expert)
             if rows is None:
@@ -70,8 +72,18 @@ def output_change(
             rows = rows.to(weight_dtype(layer))
             y = layer.output_of(rows, before).double()
             gap = layer.output_of(rows, sorted(after, key=lambda e: e.id)).double() - y
-            worst = max(worst, float(gap.norm() / y.norm().clamp_min(1e-12)))
-    return worst, ""
+            if layer.shared is not None:
+                y = y + layer.shared(rows)
+            change = float(gap.norm() / y.norm().clamp_min(1e-12))
+            if not math.isfinite(change):
+                return None, f"the output on the inputs of expert {expert.id} is not finite"
+            worst = max(worst or 0.0, change)
+    return worst, "" if worst is not None else "no expert has inputs as evidence yet"
+
+
+def _generator(layer: MoE, expert: Expert) -> torch.Generator:
+    """Consent's own: asking changes nothing that is drawn later."""
+    return torch.Generator().manual_seed(1_000_003 * layer.steps + expert.id)
 
 
 def weight_dtype(layer: MoE) -> torch.dtype:
@@ -83,7 +95,8 @@ def weight_dtype(layer: MoE) -> torch.dtype:
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode without autocast inside, every module's own mode again after."""
     modes = [(m, m.training) for m in module.modules()]
-    device = next((p.device.type for p in module.parameters()), "cpu")
+    tensors = [*module.parameters(), *module.buffers()]
+    device = tensors[0].device.type if tensors else "cpu"
     module.eval()
     try:
         with torch.autocast(device, enabled=False):

@@ -38,7 +38,9 @@ class EMA:
         self.average = {name: a for name, a in self.average.items() if name in parameters}
         for name, p in parameters.items():
             if name not in self.average:
-                self.average[name] = p.detach().clone()
+                # in bfloat16 steps of 1 - decay would be rounded away
+                dtype = torch.promote_types(p.dtype, torch.float32)
+                self.average[name] = p.detach().to(dtype, copy=True)
             else:
                 self.average[name].lerp_(p.detach().to(self.average[name]), 1 - self.decay)
 

@@ -38,7 +38,8 @@ class MoE(nn.Module):
         router: how inputs choose; `TopK(2)` if left out.
         shared: an expert (as above) that sees every input and is added to the mixture.
         d_out: O, the width of the output; D if left out.
-        balance_loss: coefficient of the Switch balance loss in `growmoe.aux_loss`.
+        balance_loss: coefficient of the Switch balance loss in `growmoe.aux_loss`; set this and
+            z_loss to 0 if you do not call that, or each forward's graph lives until the next.
         z_loss: coefficient of the router z-loss there.
         warmup: training forwards over which a newborn is let into the gate: its logit is offset by
             log(min(1, age/warmup)), so that its birth changes no output.
@@ -137,16 +138,22 @@ class MoE(nn.Module):
         self._check(x)
         x_TD = x.reshape(-1, self.d_model)
         experts = list(self.experts.values())
+        recording = self.training and not (
+            _recomputing() or _transforming() or torch.is_inference_mode_enabled()
+        )
+        if recording:
+            self._begin_step(experts)
         routing = self.route(x_TD, experts, context)
         out_RO = self.experts(x_TD, routing.assignment)
         y_TO = routing.assignment.combine(out_RO)
         if self.shared is not None:
             y_TO = y_TO + self._run_shared(x_TD)
         if self.training and not torch.is_inference_mode_enabled():
-            aux = self._auxiliary(routing)
-            if not _recomputing():
-                self._aux = aux
-            if not _recomputing() and not _transforming():
+            aux = self._auxiliary(routing)  # in a recomputation too, which must save the same
+            kept = self._aux is not None and aux is not None and not aux.requires_grad
+            if not _recomputing() and not kept:
+                self._aux = aux  # a pass without gradients does not displace one with
+            if recording:
                 self.steps += 1
                 self.recorder.observe(
                     experts,
@@ -198,7 +205,10 @@ class MoE(nn.Module):
         return torch.stack(losses).sum() if losses else None
 
     def aux_loss(self) -> Tensor | None:
-        """The auxiliary loss of the last training forward, once; None if there was none since."""
+        """The auxiliary loss of the last training forward, once; None if there was none since.
+
+        Of a layer called several times in one forward, it is that of the last call.
+        """
         aux, self._aux = self._aux, None
         return aux
 
@@ -213,6 +223,14 @@ class MoE(nn.Module):
         if x.device.type == "cpu" and not _plain_finite(x):
             bad = int((~x.isfinite()).sum())
             raise ValueError(f"{self.name}: {bad} of {x.numel()} input values are NaN or infinite")
+
+    def _begin_step(self, experts: Sequence[Expert]) -> None:
+        """Let newborns in a little more; before routing, so that a recomputation sees the same."""
+        for expert in experts:
+            expert.admission = min(1.0, expert.admission + 1 / self.recorder.warmup)
+            if expert.frozen:  # whoever called requires_grad_ on the whole model did not mean it
+                for p in expert.parameters():
+                    p.requires_grad_(False)
 
     # What surgery needs to know.
 
@@ -262,8 +280,10 @@ class MoE(nn.Module):
                 f"expert must be a module or a function that builds one, got {template!r}"
             )
         example = next(iter(self.experts.parameters()), None) if hasattr(self, "experts") else None
-        device = device or (example.device if example is not None else torch.get_default_device())
         dtype = dtype or (example.dtype if example is not None else torch.get_default_dtype())
+        if device is None:  # living experts have records, if not parameters
+            living = next(iter(self.experts.buffers()), None) if hasattr(self, "experts") else None
+            device = torch.get_default_device() if living is None else living.device
         if isinstance(template, nn.Module):
             body = template
         else:
@@ -318,7 +338,8 @@ class MoE(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         # before torch loads the children: there must be an expert for each saved id
-        saved = saved_structure(state_dict, prefix + "experts.")
+        whole = prefix + "_extra_state" in state_dict  # not some experts of a layer alone
+        saved = saved_structure(state_dict, prefix + "experts.") if whole else {}
         if saved and differs(self.experts, saved):
             refuse_unseen_optimizers(self, [])
             self.restructure(saved)

@@ -72,9 +72,14 @@ def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Opt
                 "that are born and die; use an elementwise optimizer"
             )
         entries = _entries(o)
+        if entries is None:
+            raise ValueError(
+                f"{type(o).__name__}: the meaning of its state entries is not known; add them to "
+                "growmoe.optim.STATE_ENTRIES"
+            )
         for state in o.state.values():
-            unknown = set(state) - set(entries or ())
-            if entries is None or unknown:
+            unknown = set(state) - set(entries)
+            if unknown:
                 raise ValueError(
                     f"{type(o).__name__}: the meaning of state entries {sorted(unknown)} is not "
                     "known; add them to growmoe.optim.STATE_ENTRIES"
@@ -119,13 +124,18 @@ def welcome(
 ) -> None:
     """Append a newborn's parameters to the groups of its parent, or of its siblings.
 
+    Those that an optimizer already holds are left as they are.
+
     Args:
         parent: whose groups and moments it inherits; None for a fresh one, which takes the median
             step and the mean second moment of its siblings.
         siblings: the layer's other experts.
     """
     relatives = [*([] if parent is None else [parent]), *siblings]
+    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     for name, p in newborn.learned().items():
+        if id(p) in held:
+            continue  # a thawed expert may be known already
         for place in _places(optimizers, name, p, relatives):
             optimizer, group, index, relative, relative_name = place
             for key, value in _parallel_lists(optimizer, group):
@@ -347,6 +357,9 @@ class _Handle:
 def _restore_none(layer: MoE, seen: MutableMapping[Expert, int]) -> None:
     idle: list[nn.Parameter] = []
     for expert in layer.experts.values():
+        if expert.frozen:
+            for p in expert.parameters():
+                p.grad = None
         if expert.touches == seen.get(expert, 0):
             idle.extend(p for p in expert.body.parameters() if p.grad is not None)
         seen[expert] = expert.touches

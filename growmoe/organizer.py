@@ -45,8 +45,8 @@ class Organizer:
         every: optimizer steps between decisions; calls of `step` without an optimizer. So there
             is no decision between the micro-batches of one step.
         budget: spawns, merges and prunes per layer and decision.
-        cooldown: steps for which an expert is left alone after an act or a refusal;
-            5 · every if left out.
+        cooldown: steps for which an expert is left alone after an act, and a proposal after it
+            was refused (twice as long each time); 5 · every if left out.
         tolerance: relative change of the output that a merge or prune may cost.
 
     Raises:
@@ -73,6 +73,8 @@ class Organizer:
                 raise ValueError(f"Organizer: {name} must be a positive integer, got {value!r}")
         if not tolerance >= 0:
             raise ValueError(f"Organizer: tolerance must not be negative, got {tolerance!r}")
+        if cooldown is not None and not (isinstance(cooldown, int) and cooldown >= 0):
+            raise ValueError(f"Organizer: cooldown must be an integer >= 0, got {cooldown!r}")
         for rule in rules:
             if not callable(getattr(rule, "propose", None)):
                 raise ValueError(f"Organizer: {rule!r} is no rule: it has no propose(signals)")
@@ -83,14 +85,24 @@ class Organizer:
         self.tolerance = tolerance
         self.steps = 0
         self._decided = 0
+        # when each expert was last acted on, and each proposal last refused and how often
         self._acted: dict[str, dict[int, int]] = {name: {} for name in self.layers}
+        self._refused: dict[str, dict[str, tuple[int, int]]] = {name: {} for name in self.layers}
         self._lost = 0
+        self._model = model
         for name, layer in self.layers.items():
             layer.name = name
+        self._attach()
+
+    def _attach(self) -> None:
         for o in self.optimizers:
-            guard(o, model)
+            guard(o, self._model)
         if self.optimizers:
             self.optimizers[0].register_step_post_hook(self._count)
+        self._attached = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_attached": False}  # a copied optimizer has no hooks
 
     def _count(self, *_: Any) -> None:
         self.steps += 1
@@ -106,8 +118,12 @@ class Organizer:
         Returns:
             What was done and what was refused (`event.accepted`), often nothing.
         """
+        if not self._attached:
+            self._attach()
         if loss is not None:
             value = torch.as_tensor(loss)
+            for layer in self.layers.values():
+                layer.recorder.check_loss(value)
             for layer in self.layers.values():
                 layer.recorder.observe_loss(list(layer.experts.values()), value)
         if not self.optimizers:
@@ -133,23 +149,37 @@ class Organizer:
 
     def _decide(self, name: str, layer: MoE) -> list[Event]:
         signals = snapshot(layer)
+        # all speak before any is carried out: signals are of the layer as it was
+        proposals = [proposal for rule in self.rules for proposal in rule.propose(signals)]
         acted, events, spent = self._acted[name], [], 0
         busy = {id for id, step in acted.items() if self.steps - step < self.cooldown}
-        for rule in self.rules:
-            for proposal in rule.propose(signals):
-                structural = proposal.act in ("spawn", "merge", "prune")
-                if busy & set(proposal.ids) or (structural and spent >= self.budget):
-                    continue
-                event = self._carry_out(layer, proposal)
-                events.append(event)
-                spent += structural and event.accepted
-                touched = {*proposal.ids} | ({event.child} if event.child is not None else set())
-                busy |= touched
-                acted.update(dict.fromkeys(touched, self.steps))
+        for proposal in proposals:
+            structural = proposal.act in ("spawn", "merge", "prune")
+            if busy & set(proposal.ids) or (structural and spent >= self.budget):
+                continue
+            if self._waits(name, proposal):
+                continue
+            event = self._carry_out(layer, proposal)
+            events.append(event)
+            if not event.accepted:
+                times = self._refused[name].get(_key(proposal), (0, 0))[1]
+                self._refused[name][_key(proposal)] = (self.steps, times + 1)
+                continue
+            spent += structural
+            touched = {*proposal.ids} | ({event.child} if event.child is not None else set())
+            busy |= touched
+            acted.update(dict.fromkeys(touched, self.steps))
         layer.recorder.begin_window()
         for id in [id for id in acted if id not in layer.experts]:
             del acted[id]
+        for key in [k for k in self._refused[name] if not _ids(k) <= set(layer.experts)]:
+            del self._refused[name][key]
         return events
+
+    def _waits(self, name: str, proposal: Proposal) -> bool:
+        """Whether it was refused lately; each further refusal doubles the wait."""
+        step, times = self._refused[name].get(_key(proposal), (0, 0))
+        return times > 0 and self.steps - step < self.cooldown * 2 ** (times - 1)
 
     def _carry_out(self, layer: MoE, proposal: Proposal) -> Event:
         why: dict[str, Any] = {
@@ -159,6 +189,9 @@ class Organizer:
         }
         act, ids, optimizers = proposal.act, list(proposal.ids), self.optimizers
         try:
+            unknown = [id for id in ids if id not in layer.experts]
+            if unknown:
+                raise surgery.Refused(f"the layer has no expert {unknown}", None)
             if act == "spawn":
                 if len(layer.experts) >= self.max_experts:
                     raise surgery.Refused(f"max_experts={self.max_experts} is reached", None)
@@ -176,7 +209,9 @@ class Organizer:
             if act == "prune":
                 _check_left(layer, ids)
                 return surgery.prune(layer, ids, optimizers, tolerance=self.tolerance, **why)
-            return (surgery.freeze if act == "freeze" else surgery.thaw)(layer, ids, **why)
+            if act == "freeze":
+                return surgery.freeze(layer, ids, **why)
+            return surgery.thaw(layer, ids, optimizers, **why)
         except surgery.Refused as refusal:
             return layer.lineage.add(
                 Event(
@@ -201,6 +236,10 @@ class Organizer:
                 name: {str(id): step for id, step in acted.items()}
                 for name, acted in self._acted.items()
             },
+            "refused": {
+                name: {key: list(value) for key, value in refused.items()}
+                for name, refused in self._refused.items()
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -215,6 +254,10 @@ class Organizer:
             name: {int(id): step for id, step in acted.items()}
             for name, acted in state["acted"].items()
         }
+        self._refused = {
+            name: {key: (step, times) for key, (step, times) in refused.items()}
+            for name, refused in state["refused"].items()
+        }
 
 
 def _check_merge(layer: MoE, ids: Sequence[int]) -> None:
@@ -225,6 +268,14 @@ def _check_merge(layer: MoE, ids: Sequence[int]) -> None:
         check_alike([layer.experts[id].body for id in ids])
     except ValueError as error:
         raise surgery.Refused(str(error), None) from error
+
+
+def _key(proposal: Proposal) -> str:
+    return " ".join([proposal.act, *map(str, proposal.ids)])
+
+
+def _ids(key: str) -> set[int]:
+    return {int(id) for id in key.split()[1:]}
 
 
 def _check_left(layer: MoE, ids: Sequence[int]) -> None:

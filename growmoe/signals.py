@@ -116,12 +116,12 @@ class Recorder(nn.Module):
         r["idle"] = torch.where(hit_E, 0.0, r["idle"] + 1)
         r["rows"] += count_E
         r["hits"] += hit_E
-        for expert in experts:
-            expert.admission = min(1.0, expert.admission + 1 / self.warmup)
         rate_E = (1 / r["age"]).clamp_min(RATE)
         hit_rate_E = (1 / r["hits"].clamp_min(1)).clamp_min(RATE) * hit_E
         mass_E = _sum_rows(assignment.weight_R.float(), assignment)
-        norm_E = _sum_rows(torch.linalg.vector_norm(out_RO.float(), dim=1), assignment)
+        norm_R = torch.linalg.vector_norm(out_RO.float(), dim=1)
+        # overflow is ordinary in half precision and must not stick to a running mean
+        norm_E = _sum_rows(torch.where(norm_R.isfinite(), norm_R, 0.0), assignment)
         count1_E = count_E.clamp_min(1)
         r["load"] += rate_E * (count_E / rows - r["load"])
         r["gate_mass"] += rate_E * (mass_E / max(assignment.num_tokens, 1) - r["gate_mass"])
@@ -143,12 +143,14 @@ class Recorder(nn.Module):
         step = -(-len(assignment.token_R) // SAMPLE)
         token_Q = assignment.token_R[::step]
         x_QD = x_TD[token_Q].float()
+        finite_Q = x_QD.isfinite().all(1)
+        x_QD = torch.where(finite_Q[:, None], x_QD, 0.0)
         expert_Q = assignment.expert_R[::step]
         z_QE = distance_z(r, x_QD)
         ready_E = r["hits"] > READY_HITS
         judge_QE = ready_E if candidates_TE is None else ready_E & candidates_TE[token_Q]
         nearest_Q = z_QE.masked_fill(~judge_QE, torch.inf).amin(1)
-        novel_Q = (nearest_Q > NOVEL_Z) & nearest_Q.isfinite()
+        novel_Q = (nearest_Q > NOVEL_Z) & nearest_Q.isfinite() & finite_Q
         own_z_Q = z_QE.gather(1, expert_Q[:, None])[:, 0]
         own_score_Q = own_z_Q * score_sd(r)[expert_Q] + r["score_mean"][expert_Q]
 
@@ -159,7 +161,8 @@ class Recorder(nn.Module):
             weight_E = value.new_zeros(len(r["age"])).index_add_(0, expert_Q, weight_Q)
             return total / weight_E.clamp_min(1e-9).view(-1, *weight.shape[1:]), weight_E
 
-        absorbed_Q = torch.where(novel_Q, 0.1, 1.0)
+        every_Q = finite_Q.float()
+        absorbed_Q = torch.where(novel_Q, 0.1, every_Q)
         mean_ED, weight_E = mean_by_expert(x_QD, absorbed_Q)
         seen_E = torch.zeros_like(weight_E).index_add_(0, expert_Q, torch.ones_like(absorbed_Q))
         rate_E = hit_rate_E * weight_E / seen_E.clamp_min(1)
@@ -171,7 +174,6 @@ class Recorder(nn.Module):
         r.var.add_(rate_E[:, None] * (square_ED - r.var)).clamp_min_(0)
 
         # clipped at 3 sd, not dropped: dropping what is novel would narrow the spread ever more
-        every_Q = torch.ones_like(own_z_Q)
         sd_Q = score_sd(r)[expert_Q]
         clipped_Q = torch.where(
             (r["hits"] > READY_HITS)[expert_Q],
@@ -226,8 +228,15 @@ class Recorder(nn.Module):
         slot_E = slot_E.clamp(0, held - 1)
         expert_E = torch.arange(len(hit_E), device=x_TD.device)
         candidate_ED = x_TD[assignment.token_R[row_E]].float()
+        keep_E &= candidate_ED.isfinite().all(1)
         old_ED = r.evidence[expert_E, slot_E]
         r.evidence[expert_E, slot_E] = torch.where(keep_E[:, None], candidate_ED, old_ED)
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Raise ValueError if the number of losses does not divide that of the last inputs."""
+        tokens = 0 if self._last is None else self._last.num_tokens
+        if tokens and (not loss.numel() or tokens % loss.numel()):
+            raise ValueError(f"loss has {loss.numel()} values, the last forward {tokens} inputs")
 
     @torch.no_grad()
     def observe_loss(self, experts: Sequence[Expert], loss: Tensor) -> None:
@@ -241,14 +250,11 @@ class Recorder(nn.Module):
         Raises:
             ValueError: the number of losses does not divide the number of tokens.
         """
-        if self._last is None:
+        self.check_loss(loss)
+        tokens = 0 if self._last is None else self._last.num_tokens
+        if self._last is None or not tokens:
             return
-        tokens = self._last.num_tokens
         loss_N = loss.detach().float().reshape(-1).to(self.novel.device)
-        if not tokens:
-            return
-        if not len(loss_N) or tokens % len(loss_N):
-            raise ValueError(f"loss has {len(loss_N)} values, the last forward {tokens} inputs")
         loss_T = loss_N.repeat_interleave(tokens // len(loss_N))
         finite_T = loss_T.isfinite()
         self.lost += (~loss_N.isfinite()).sum()

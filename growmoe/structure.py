@@ -6,7 +6,8 @@ A *saved structure* maps each id to what `Expert.get_extra_state` gave.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,8 +24,8 @@ def saved_structure(state_dict: Mapping[str, Any], prefix: str) -> Saved:
     states: Saved = {}
     for key, value in state_dict.items():
         if key.startswith(prefix) and key.endswith("._extra_state"):
-            id = key[len(prefix) :].split(".")[0]
-            if id.isdecimal():
+            id, _, rest = key[len(prefix) :].partition(".")
+            if id.isdecimal() and rest == "_extra_state":  # a body may have one of its own
                 states[int(id)] = value
     return states
 
@@ -48,7 +49,8 @@ def experts_for(
     Args:
         experts: the living, taken where id and kind agree.
         templates: of kinds that can be built, besides `FFN` and those of the living.
-        factories: kind -> a function that builds a body.
+        factories: kind -> a function that builds a body; given what the body's `config()`
+            returned when it was saved, if it has one.
         newborn: makes an expert of a template.
 
     Raises:
@@ -71,7 +73,10 @@ def experts_for(
                     f"expert {id} is a {kind}, which is not known here; pass "
                     f"experts={{{kind!r}: function that builds one}} to growmoe.load"
                 )
-            mine = newborn(makers[kind])
+            maker = makers[kind]
+            if kind in (factories or {}) and state["config"]:
+                maker = partial(cast(Callable[..., nn.Module], maker), **state["config"])
+            mine = newborn(maker)
             mine.id = id
         result.append(mine)
     return result

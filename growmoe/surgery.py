@@ -115,8 +115,9 @@ def merge(
     """Several experts become one, with a new id.
 
     Weights are averaged by the number of rows each received, after the hidden units of the others
-    are aligned to those of the busiest. The child is admitted at once, and is frozen if all its
-    parents were. The event tells how much the layer's output changed on its experts' evidence.
+    are aligned to those of the busiest. The child is admitted as far as the most admitted of its
+    parents, and is frozen if all of them were. The event tells how much the layer's output changed
+    on its experts' evidence.
 
     Args:
         ids: two or more, of one kind and shape.
@@ -216,6 +217,7 @@ def freeze(
 def thaw(
     layer: MoE,
     ids: Sequence[int],
+    optimizer: Optimizers = None,
     *,
     step: int | None = None,
     reason: str = "",
@@ -223,15 +225,19 @@ def thaw(
 ) -> Event:
     """Frozen experts learn again: what was trainable before `freeze` is trainable again.
 
-    Their running losses begin anew, since the old ones speak of another time.
+    Their running losses begin anew, since the old ones speak of another time. Parameters that
+    `optimizer` does not hold, because it was built while they were frozen, join it.
 
     Raises:
         ValueError: ids unknown, dead, repeated or none.
     """
     _check_ids(layer, ids)
+    optimizers = optim.as_optimizers(optimizer)
     event = _log(layer, step, "thaw", ids, reason=reason, signals=signals)
     for id in ids:
         layer.experts[id].thaw()
+        others = [e for e in layer.experts.values() if e.id != id]
+        optim.welcome(optimizers, layer.experts[id], None, others)
         layer.experts[id].statistics.view()["loss_count"] = 0.0
     return event
 

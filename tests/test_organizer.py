@@ -100,10 +100,9 @@ def test_the_budget_bounds_the_structural_acts_of_a_decision_and_freezing_is_fre
     proposals = [("prune", (0,)), ("spawn", (1,)), ("freeze", (2,)), ("freeze", (3,))]
     for budget, structural in ((1, 1), (2, 2)):
         learner = Learner(
-            [Always(*proposals)], num_experts=4, budget=budget, every=1, tolerance=9e9
+            [Always(*proposals)], num_experts=4, budget=budget, every=40, tolerance=9e9
         )
-        learner.layer.experts[0].entries.key.data.fill_(-9.0)
-        learner.learn(1)
+        learner.learn(40)
         acts = [e.act for e in learner.layer.lineage if e.accepted][1:]
         assert acts.count("freeze") == 2
         assert len([a for a in acts if a in ("prune", "spawn", "merge")]) == structural
@@ -129,10 +128,10 @@ def test_a_newborn_is_left_alone_for_the_cooldown_too():
     ]
 
 
-def test_a_refusal_is_not_repeated_within_the_cooldown():
+def test_a_refusal_is_not_repeated_within_the_cooldown_which_doubles():
     learner = Learner([Always(("spawn", (0,)))], every=5, cooldown=20, max_experts=3)
-    events = learner.learn(45)
-    assert [e.step for e in events] == [5, 25, 45]
+    events = learner.learn(70)
+    assert [e.step for e in events] == [5, 25, 65]
     assert not done(events)
 
 
@@ -182,11 +181,11 @@ def test_nothing_is_left_to_newborns_alone_nor_to_too_few():
         def propose(self, signals):
             return [Proposal("prune", (id,), "die") for id in signals.ids]
 
-    learner = Learner([Die()], every=3, cooldown=3, budget=9, tolerance=9e9, k=2)
+    learner = Learner([Die()], every=20, cooldown=3, budget=9, tolerance=9e9, k=2)
     learner.learn(20)
     assert len(learner.layer.experts) == 2
-    learner = Learner([Always(("spawn", ())), Die()], every=3, cooldown=3, budget=9, tolerance=9e9)
-    learner.learn(20)
+    learner = Learner([Always(("spawn", ())), Die()], every=20, cooldown=3, budget=9, tolerance=9e9)
+    learner.learn(60)
     with torch.no_grad():
         assert learner.layer(learner.stream.batch()[0]).isfinite().all()
 

@@ -6,6 +6,7 @@ It sees no task labels and no boundaries, keeps no examples, and passes once ove
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -44,7 +45,8 @@ class GrowingClassifier(nn.Module):
 
     An expert is born when a label appears that no expert has, or when the inputs of a label have
     become novel to all its experts; the rules see to the rest. `learn` takes labelled batches of
-    any size in any order; calling the model predicts, at any time.
+    any size in any order; calling the model predicts, at any time. Save it whole, by `torch.save`
+    or pickle: its features are no tensors of a state dict.
 
     Args:
         features: fitted on the first `early` images, which wait until then.
@@ -104,7 +106,7 @@ class GrowingClassifier(nn.Module):
         return [e for x, y in self._intake(images, labels) for e in self._learn(x, y)]
 
     def finish(self) -> list[Event]:
-        """Begin even if fewer than `early` images have come; before a first prediction."""
+        """Begin even if fewer than `early` images have come, as a first prediction does."""
         return [e for x, y in self._intake.flush() for e in self._learn(x, y)]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -113,11 +115,14 @@ class GrowingClassifier(nn.Module):
         Raises:
             RuntimeError: nothing was learned yet.
         """
+        self.finish()
         if self.layer is None:
-            raise RuntimeError("GrowingClassifier: nothing was learned yet (call learn or finish)")
+            raise RuntimeError("GrowingClassifier: nothing was learned yet")
         self.layer.eval()
         with torch.no_grad():
-            return self.layer(self.features(images))
+            scores = self.layer(self.features(images))
+        self.layer.train(self.training)
+        return scores
 
     def _learn(self, x_TD: Tensor, labels: Tensor) -> list[Event]:
         events = []
@@ -156,4 +161,4 @@ class GrowingClassifier(nn.Module):
         return layer, organizer
 
     def _kind(self, d_model: int, label: int) -> Callable[[], Moments]:
-        return lambda: Moments(self.num_classes, label, d_model)
+        return partial(Moments, self.num_classes, label, d_model)

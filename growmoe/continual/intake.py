@@ -59,6 +59,10 @@ class Intake:
             raise ValueError("images hold NaN or infinite values")
         if self.fitted:
             return [(self.features(images), labels)] if len(labels) else []
+        if self._waiting and images.shape[1:] != self._waiting[0][0].shape[1:]:
+            raise ValueError(
+                f"images were {tuple(self._waiting[0][0].shape[1:])}, are {tuple(images.shape[1:])}"
+            )
         self._waiting.append((images, labels))
         if sum(len(y) for _, y in self._waiting) < self.early:
             return []
@@ -66,10 +70,10 @@ class Intake:
 
     def flush(self) -> list[Batch]:
         """Fit on what has come so far, if that is still to be done, and give it out."""
-        waiting, self._waiting = self._waiting, []
+        waiting = self._waiting
         if self.fitted or not any(len(y) for _, y in waiting):
             return []
         first = torch.cat([images for images, _ in waiting])
         self.features.fit(first, torch.Generator().manual_seed(self.seed))
-        self.fitted = True
+        self.fitted, self._waiting = True, []
         return [(self.features(images), labels) for images, labels in waiting if len(labels)]

@@ -78,18 +78,24 @@ class RidgeClassifier:
         self.features = features
         self.head = RidgeHead.zeros(features.num_features, num_classes, ridge)
         self._intake = Intake(features, early, seed)
+        self._solved = False
 
     def learn(self, images: Tensor, labels: Tensor) -> None:
         """Take in a labelled batch once: images float32 [N, 1, H, W], labels int64 [N]."""
         for x_ND, y_N in self._intake(images, labels):
             self.head.add(x_ND, y_N)
+            self._solved = False
 
     def finish(self) -> None:
-        """Bring the weights up to date; before a prediction."""
+        """Bring the weights up to date, as a prediction does."""
         for x_ND, y_N in self._intake.flush():
             self.head.add(x_ND, y_N)
-        self.head.solve()
+            self._solved = False
+        if not self._solved:
+            self.head.solve()
+            self._solved = True
 
     def __call__(self, images: Tensor) -> Tensor:
         """Scores, float32 [N, K]."""
+        self.finish()
         return self.head(self.features(images))

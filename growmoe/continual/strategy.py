@@ -24,8 +24,6 @@ class Learner(Protocol):
 
     def learn(self, images: Tensor, labels: Tensor) -> Any: ...
 
-    def finish(self) -> Any: ...
-
     def __call__(self, images: Tensor) -> Tensor: ...
 
 
@@ -73,10 +71,6 @@ class OnePass(SupervisedTemplate):
 
     def take_in(self, result: Any) -> None:
         """What `learn` returned; a subclass may keep it."""
-
-    def _after_training_exp(self, **kwargs: Any) -> None:
-        self.take_in(self.learner.finish())
-        super()._after_training_exp(**kwargs)
 
     def forward(self) -> Tensor:
         """Scores of the current mini-batch, [N, C]."""

@@ -86,21 +86,24 @@ class Expert(nn.Module):
         return self
 
     def get_extra_state(self) -> dict[str, Any]:
-        config = self.body.config() if isinstance(self.body, FFN) else {}
+        config = cast(Any, self.body).config() if hasattr(self.body, "config") else {}
+        trainable = self._trainable
+        if not self.frozen:
+            trainable = [name for name, p in self.learned().items() if p.requires_grad]
         return {
             "kind": kind_of(self.body),
             "config": config,
             "admission": self.admission,
             "frozen": self.frozen,
-            "trainable": list(self._trainable),
+            "trainable": list(trainable),
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.admission = state["admission"]
         self.thaw()
+        for name, p in self.learned().items():
+            p.requires_grad_(name in state["trainable"])
         if state["frozen"]:
-            for name, p in self.learned().items():
-                p.requires_grad_(name in state["trainable"])
             self.freeze()
 
     def extra_repr(self) -> str:

@@ -65,7 +65,7 @@ class Moments(nn.Module):
     def forward(self, x_RD: Tensor) -> Tensor:
         """float32 [R, D] -> [R, C]."""
         if self.training and len(x_RD):
-            x_RG = F.pad(x_RD, (0, 1), value=1.0)
+            x_RG = F.pad(x_RD.float(), (0, 1), value=1.0)
             self.moment.addmm_(x_RG.T, x_RG)
             self.touch()
         return F.one_hot(self.label, self.num_labels).to(x_RD.dtype).expand(len(x_RD), -1)
@@ -87,6 +87,10 @@ class Moments(nn.Module):
     def merged(self, others: Sequence[Moments], weights: Sequence[float]) -> Moments:
         """The sum of all moments: exactly what one expert would hold that had seen all the rows.
 
+        Args:
+            others: of the same label.
+            weights: the rows each received, self first; more than it summed up if it was frozen.
+
         Raises:
             ValueError: experts of different labels.
         """
@@ -94,7 +98,9 @@ class Moments(nn.Module):
         if len(labels) > 1:
             raise ValueError(f"merge: experts of different labels {sorted(labels)}")
         result = self.cloned(0.0, torch.Generator())
-        result.moment.copy_(sum((o.moment for o in others), self.moment))
+        for body, rows in zip((self, *others), weights, strict=True):
+            # one that was frozen stands for more rows than it summed up
+            result.moment.add_(body.moment, alpha=max(1.0, rows / max(body.count, 1.0)))
         return result
 
     @torch.no_grad()
@@ -107,6 +113,19 @@ class Moments(nn.Module):
         draw = torch.randn(count, len(mean_D), generator=generator, dtype=torch.float64)
         draw = draw.to(cov_DD.device) * value_D.clamp_min(0).sqrt()
         return (mean_D + draw @ vector_DD.T).float()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Moments:
+        # moves with the model, but .bfloat16() would stop the sums
+        moment, label = self.moment, self.label
+        super()._apply(fn, recurse)
+        self.moment = moment.to(self.moment.device)
+        self.label = label.to(self.label.device)
+        self.touch()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.touch()  # another process has counted its own stamps
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -152,6 +152,11 @@ def score_sd(r: RecordView) -> Tensor:
 
 def distance_z(r: RecordView, x_QD: Tensor) -> Tensor:
     """z_e(x) of `growmoe.signals`, for all pairs: [Q, D] -> [Q, E]."""
+    with torch.autocast(x_QD.device.type, enabled=False):  # the terms below cancel
+        return _distance_z(r, x_QD.float())
+
+
+def _distance_z(r: RecordView, x_QD: Tensor) -> Tensor:
     center_D = r.mean.mean(0)
     x_QD, mean_ED = x_QD - center_D, r.mean - center_D
     precision_ED = 1 / (r.var + r.var.mean(1, keepdim=True) / 20 + 1e-8)

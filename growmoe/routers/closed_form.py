@@ -62,10 +62,29 @@ class ClosedFormGate(Router):
     def forward(
         self, x_TD: Tensor, experts: Sequence[Expert], admission_E: Tensor, context: Any = None
     ) -> Routing:
-        """Choose; `context` is int64 [T], the labels, or None to predict them."""
+        """Choose; `context` is int64 [T], the labels, or None to predict them.
+
+        Raises:
+            ValueError: no labels in training mode, or not one integer for each input.
+        """
+        if self.training and context is None:
+            raise ValueError(
+                "ClosedFormGate learns from labels: pass context=, or call eval() to predict"
+            )
+        if context is not None:
+            context = torch.as_tensor(context, device=x_TD.device).reshape(-1)
+            if len(context) != len(x_TD) or context.is_floating_point():
+                raise ValueError(
+                    f"context must be {len(x_TD)} integer labels, "
+                    f"got {len(context)} of {context.dtype}"
+                )
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return self._choose(x_TD.float(), experts, context)
+
+    def _choose(self, x_TD: Tensor, experts: Sequence[Expert], context: Tensor | None) -> Routing:
         label_E = torch.stack([_body(e).label for e in experts])
         records = torch.stack([e.statistics.record for e in experts])
-        z_TE = distance_z(RecordView(records, x_TD.shape[1]), x_TD.float())
+        z_TE = distance_z(RecordView(records, x_TD.shape[1]), x_TD)
         hits_E = RecordView(records, x_TD.shape[1])["hits"]
         if context is not None:
             return self._teach(z_TE, hits_E > READY_HITS, label_E, context)
@@ -196,7 +215,12 @@ def solve_ridge(moment_GG: Tensor, target_GC: Tensor, ridge: float) -> Tensor:
     # a floor keeps the factor positive where features are constant or nothing was seen
     diagonal_G[:-1] += penalty + 1e-9 * count
     diagonal_G[-1] += 1e-9 * count
-    factor_GG = torch.linalg.cholesky(moment_GG)
+    factor_GG, info = torch.linalg.cholesky_ex(moment_GG)
+    jitter = 1e-9 * diagonal_G.mean()
+    while info > 0 and jitter.isfinite():  # float32 sums of features that hardly vary
+        diagonal_G += jitter
+        jitter = 10 * jitter
+        factor_GG, info = torch.linalg.cholesky_ex(moment_GG)
     return torch.cholesky_solve(target_GC.double(), factor_GG).float()
 
 
@@ -210,9 +234,9 @@ def _body(expert: Expert) -> Moments:
 
 
 def _moment(expert: Expert) -> Tensor:
-    """Its moments; a frozen one's scaled up to all it received, so that it keeps its say."""
+    """Its moments, scaled up to all it received, so that one that was frozen keeps its say."""
     body = _body(expert)
-    return body.moment * (_scale(expert) if expert.frozen else 1.0)
+    return body.moment * _scale(expert)
 
 
 def _scale(expert: Expert) -> float:
@@ -220,4 +244,4 @@ def _scale(expert: Expert) -> float:
 
 
 def _stamp(expert: Expert) -> tuple[int, float]:
-    return _body(expert).stamp, _scale(expert) if expert.frozen else 1.0
+    return _body(expert).stamp, _scale(expert)

@@ -24,7 +24,8 @@ class TopK(Router):
             "softmax": softmax over all experts, then the k largest (GShard, arXiv 2006.16668);
             "softmax_topk": the k largest logits, then softmax over these (Shazeer's KeepTopK);
             "sigmoid": sigmoid of each, then the k largest (DeepSeek-V3, arXiv 2412.19437).
-        renormalize: divide the k weights by their sum.
+        renormalize: divide the k weights by their sum; by default if k > 1. A single weight would
+            always be 1, and the gate would learn nothing from the task.
         noise: standard deviation of Gaussian noise added to the logits in training, for the
             choice and the weights alike.
 
@@ -33,7 +34,11 @@ class TopK(Router):
     """
 
     def __init__(
-        self, k: int = 2, score: Score = "softmax", renormalize: bool = True, noise: float = 0.0
+        self,
+        k: int = 2,
+        score: Score = "softmax",
+        renormalize: bool | None = None,
+        noise: float = 0.0,
     ) -> None:
         super().__init__()
         if not isinstance(k, int) or k < 1:
@@ -42,7 +47,8 @@ class TopK(Router):
             raise ValueError(f"TopK: score must be one of {get_args(Score)}, got {score!r}")
         if noise < 0:
             raise ValueError(f"TopK: noise must not be negative, got {noise!r}")
-        self.k, self.score, self.renormalize, self.noise = k, score, renormalize, noise
+        self.k, self.score, self.noise = k, score, noise
+        self.renormalize = k > 1 if renormalize is None else renormalize
 
     @property
     def min_experts(self) -> int:  # type: ignore[override]

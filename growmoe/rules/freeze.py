@@ -14,11 +14,13 @@ class FreezeConverged:
 
     Args:
         slope: relative difference of the fast and slow running losses below which it stands still.
+        z: the same in standard errors (`Signals.loss_z`): a slow but steady fall is no standstill.
         min_losses: losses an expert must have seen; at least a few hundred, since the slow mean
             looks back about 200.
     """
 
     slope: float = 0.02
+    z: float = 1.0
     min_losses: int = 500
 
     def __post_init__(self) -> None:
@@ -31,7 +33,7 @@ class FreezeConverged:
             if frozen or v["loss_count"] < self.min_losses:
                 continue
             slope = abs(v["loss_fast"] - v["loss_slow"]) / max(abs(v["loss_slow"]), 1e-12)
-            if slope < self.slope:
+            if slope < self.slope and abs(signals.loss_z(id)) < self.z:
                 reason = f"loss moves by {slope:.2%} < {self.slope:.2%}"
                 proposals.append(Proposal("freeze", (id,), reason, {"slope": slope}))
         return proposals
@@ -69,9 +71,12 @@ class FreezeSettled:
 
     Args:
         rows_per_feature: n/D at which an expert is settled.
+        novelty: not while its inputs lie further than this from what it knows, in standard
+            deviations of the usual distance (running mean); below what `ThawOnNovelty` thaws at.
     """
 
     rows_per_feature: float = 6.0
+    novelty: float = 0.5
 
     def __post_init__(self) -> None:
         positive(self, rows_per_feature=self.rows_per_feature)
@@ -80,7 +85,8 @@ class FreezeSettled:
         proposals = []
         for id, frozen in zip(signals.ids, signals.frozen, strict=True):
             ratio = signals.of(id)["rows"] / signals.d_model
-            if not frozen and ratio >= self.rows_per_feature:
+            moving = signals.of(id)["novelty"] > self.novelty
+            if not frozen and not moving and ratio >= self.rows_per_feature:
                 reason = f"settled: {ratio:.1f} >= {self.rows_per_feature} rows per feature"
                 proposals.append(Proposal("freeze", (id,), reason, {"rows_per_feature": ratio}))
         return proposals

@@ -28,6 +28,19 @@ class Proposal:
     signals: dict[str, float] = field(default_factory=dict)
     toward: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        fewest, most = {
+            "spawn": (0, 1),
+            "merge": (2, None),
+            "prune": (1, None),
+            "freeze": (1, None),
+            "thaw": (1, None),
+        }.get(self.act, (None, None))
+        if fewest is None:
+            raise ValueError(f"Proposal: unknown act {self.act!r}")
+        if len(self.ids) < fewest or (most is not None and len(self.ids) > most):
+            raise ValueError(f"Proposal: {self.act} does not go with ids {self.ids}")
+
 
 class Rule(Protocol):
     """A small object without state that reads signals. It never touches the model."""

@@ -77,6 +77,10 @@ class SplitOnNovelty:
 class SpawnOnOverload:
     """An expert receives many times its fair share of the rows: clone it.
 
+    A clone starts with nearly its parent's key. With k = 1 the two soon share the load; with k >= 2
+    an input may choose both until their keys part, and the parent's load falls late. A load cannot
+    exceed 1/k, so `factor` must be below E/k to ever fire.
+
     Args:
         factor: load · E above which to spawn; 1 is a fair share.
         min_age: training forwards before an expert is judged.

@@ -52,7 +52,7 @@ def test_weights_worked_out_by_hand(score: str, renormalize: bool, want: list[fl
 
 def test_a_single_choice_that_is_renormalized_weighs_one() -> None:
     for score in SCORES:
-        dense = route(layer_with(LN, TopK(1, score))).assignment.dense()
+        dense = route(layer_with(LN, TopK(1, score, renormalize=True))).assignment.dense()
         assert dense.tolist() == [[0, 0, 1]]
 
 

@@ -10,7 +10,11 @@ from growmoe.rules import FreezeConverged, FreezeSettled, ThawOnDrift, ThawOnNov
 
 def test_the_loss_must_move_by_less_than_the_slope_after_enough_losses():
     rule = FreezeConverged(slope=0.125, min_losses=500)
-    values = {"loss_slow": [1.0] * 4, "loss_count": [500, 500, 500, 499]}
+    values = {
+        "loss_slow": [1.0] * 4,
+        "loss_var": [1.0] * 4,
+        "loss_count": [500, 500, 500, 499],
+    }
     found = signals(4, loss_fast=[1.125, 1.12, 0.88, 1.0], **values)
     assert [p.ids for p in rule.propose(found)] == [(1,), (2,)]
     frozen = signals(4, frozen=(1,), loss_fast=[1.125, 1.12, 0.88, 1.0], **values)
@@ -44,7 +48,7 @@ def test_a_setting_out_of_range_is_named(rule):
 
 
 def test_what_has_converged_freezes_and_thaws_when_its_inputs_change_their_meaning():
-    rules = [ThawOnDrift(), FreezeConverged(slope=0.1, min_losses=150)]
+    rules = [ThawOnDrift(), FreezeConverged(slope=0.1, z=2.0, min_losses=150)]
     learner = Learner(rules, num_experts=2, noise=0.4)
     events = learner.learn(300)
     frozen = {i for e in done(events, "freeze") for i in e.ids}
