@@ -1,8 +1,8 @@
 """What each expert lived through: written in every training forward, read by rules.
 
 Nothing here waits for an accelerator until a snapshot is taken. With n_e the rows routed to expert
-e in a forward of R rows and T tokens, g the combine weights, f_e the expert's output, and EMA_r a
-running mean of rate r = max(0.02, 1/age):
+e in a forward of R rows and T tokens, g the combine weights, f_e the expert's output, and EMA a
+running mean whose rate is max(0.02, 1/n) for its n-th value:
 
     load_e        EMA of n_e / R
     gate mass_e   EMA of Σ g over its rows / T

@@ -19,15 +19,6 @@ from growmoe.rules import FreezeConverged, MergeSimilar, PruneIdle, SpawnOnOverl
 D = 8
 
 
-@pytest.fixture(autouse=True, scope="module")
-def few_objects_to_search():
-    # surgery looks through all living objects for optimizers; those of the imports can wait
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 class Linear(nn.Module):
     """A user's own kind of expert."""
 

@@ -1,6 +1,5 @@
 """Optimizers: the idle do not move, newborns move as their siblings do, schedules go on."""
 
-import gc
 import inspect
 
 import pytest
@@ -34,15 +33,6 @@ FAMILIES = {
     "Muon": ("Muon", {"lr": 1e-2, **WD}),
 }
 FUSED_ON_CPU = {"SGD", "Adam", "AdamW", "Adagrad"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_objects_to_search():
-    # surgery looks through all living objects for optimizers; those of the imports can wait
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def make(family, parameters, implementation=None):

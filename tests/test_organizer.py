@@ -1,6 +1,5 @@
 """The organizer: each layer decides for itself, within limits, repeatably, with reasons."""
 
-import gc
 import logging
 import math
 
@@ -23,15 +22,6 @@ from growmoe.rules import (
 )
 
 D = 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_objects_to_search():
-    # surgery looks through all living objects for optimizers; those of the imports can wait
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Always:

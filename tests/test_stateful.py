@@ -1,7 +1,6 @@
 """Random lives: whatever is done to a layer, in whatever order, the invariants hold."""
 
 import copy
-import gc
 import tempfile
 from pathlib import Path
 
@@ -261,15 +260,6 @@ class Life(RuleBasedStateMachine):
         assert len(group["params"]) == len(held) and set(held) == set(names)
         assert set(held.values()) == set(names.values())
         assert {id(p) for p in self.optimizer.state} <= set(names)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_objects_to_search():
-    # surgery looks through all living objects for optimizers; those of the imports can wait
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def live(lives, acts):

@@ -1,7 +1,6 @@
 """Surgery: survivors untouched, births that disturb nothing, all or nothing."""
 
 import copy
-import gc
 import itertools
 import warnings
 
@@ -15,15 +14,6 @@ from growmoe.consent import evidence_of
 from growmoe.optim import STATE_ENTRIES
 
 D = 8
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_objects_to_search():
-    # surgery looks through all living objects for optimizers; those of the imports can wait
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 # the newborn's masked logit adds exp(-inf) = 0 to the softmax's sum, in another order of summation
