@@ -176,10 +176,13 @@ class _PooledFFN(torch.autograd.Function):
         if pool.bias:
             expert_R = torch.repeat_interleave(counts.counts_E, output_size=len(x_RD))
             h_RF = h_RF + weights["b_in"][expert_R]
-        y_RO = F.grouped_mm(activate(h_RF, pool.activation), weights["w_out"], offs=offsets_E)
+        act_RF = activate(h_RF, pool.activation)
+        y_RO = F.grouped_mm(act_RF, weights["w_out"], offs=offsets_E)
         if pool.bias:
             y_RO = y_RO + weights["b_out"][expert_R]
-        ctx.save_for_backward(x_RD, h_RF)
+        # the activation is kept as autograd would: computing it again costs a tenth of the backward
+        learns = any(p.requires_grad for p in parameters)
+        ctx.save_for_backward(x_RD, h_RF, act_RF if learns else None)
         # not the weights cast for autocast: the backward casts them again
         ctx.stacked, ctx.counts, ctx.expert_R = pool.stacked, counts, expert_R
         ctx.activation = pool.activation
@@ -198,7 +201,7 @@ class _PooledFFN(torch.autograd.Function):
                     f"expert {ctx.ids[expert]}: {ctx.names[which]} was changed between forward and "
                     "backward (by an optimizer step or a load), so its gradient would be wrong"
                 )
-        x_RD, h_RF = ctx.saved_tensors
+        x_RD, h_RF, act_RF = ctx.saved_tensors
         offsets_E = ctx.counts.offsets_E
         weights = {name: w.to(x_RD.dtype) for name, w in ctx.stacked.items()}
         grad_RO = grad_RO.contiguous()  # grouped_mm refuses an expanded gradient
@@ -225,7 +228,6 @@ class _PooledFFN(torch.autograd.Function):
         if needed["w_in"]:
             grads["w_in"] = F.grouped_mm(x_RD.t(), grad_h_RF, offs=offsets_H)
         if needed["w_out"]:
-            act_RF = activate(h_RF, ctx.activation)
             grads["w_out"] = F.grouped_mm(act_RF.t(), grad_RO, offs=offsets_H)
         for name, grad in (("b_in", grad_h_RF), ("b_out", grad_RO)):
             if needed.get(name):
