@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from growmoe.assignment import Assignment
 from growmoe.experts.bank import ExpertBank, run_each
-from growmoe.experts.expert import Expert, fresh_body, seeded
+from growmoe.experts.expert import Expert
 from growmoe.experts.ffn import FFN
 from growmoe.experts.statistics import Statistics
 from growmoe.lineage import Event, Lineage
@@ -19,7 +19,14 @@ from growmoe.losses import balance_loss, z_loss
 from growmoe.routers.router import Router, Routing
 from growmoe.routers.topk import TopK
 from growmoe.signals import Recorder
-from growmoe.structure import Saved, Template, differs, experts_for, saved_structure
+from growmoe.structure import (
+    Saved,
+    Template,
+    build_body,
+    differs,
+    experts_for,
+    saved_structure,
+)
 
 
 class MoE(nn.Module):
@@ -275,31 +282,16 @@ class MoE(nn.Module):
         return expert
 
     def _build(self, template: Template, device: Any = None, dtype: Any = None) -> nn.Module:
-        if not isinstance(template, nn.Module) and not callable(template):
-            raise ValueError(
-                f"expert must be a module or a function that builds one, got {template!r}"
-            )
-        example = next(iter(self.experts.parameters()), None) if hasattr(self, "experts") else None
-        dtype = dtype or (example.dtype if example is not None else torch.get_default_dtype())
+        living = self.experts if hasattr(self, "experts") else nn.Module()
+        if dtype is None:
+            example = next(living.parameters(), None)
+            dtype = torch.get_default_dtype() if example is None else example.dtype
         if device is None:  # living experts have records, if not parameters
-            living = next(iter(self.experts.buffers()), None) if hasattr(self, "experts") else None
-            device = torch.get_default_device() if living is None else living.device
-        if isinstance(template, nn.Module):
-            body = template
-        else:
-            with seeded(self.generator):
-                body = template()
-        if not isinstance(body, nn.Module):
-            raise ValueError(f"expert: the function built {body!r}, which is no module")
-        if body is template or (type(body) is FFN and body.d_model is None):
-            body = fresh_body(
-                body, self.d_model, self.d_out, self.generator, torch.device(device), dtype
-            )
-        if type(body) is FFN and (body.d_model, body.d_out) != (self.d_model, self.d_out):
-            raise ValueError(
-                f"expert: {body} does not map d_model={self.d_model} to d_out={self.d_out}"
-            )
-        return body.to(device=device, dtype=dtype)
+            record = next(living.buffers(), None)
+            device = torch.get_default_device() if record is None else record.device
+        return build_body(
+            template, self.d_model, self.d_out, self.generator, torch.device(device), dtype
+        )
 
     @property
     def router_entries(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reads from a saved state which experts a layer had, and builds one for each.
+"""Builds the experts that a template or a saved state asks for.
 
 A *saved structure* maps each id to what `Expert.get_extra_state` gave.
 """
@@ -12,11 +12,40 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from growmoe.experts.expert import Expert, kind_of
+from growmoe.experts.expert import Expert, fresh_body, kind_of, seeded
 from growmoe.experts.ffn import FFN
 
 Saved = dict[int, dict[str, Any]]
 Template = nn.Module | Callable[[], nn.Module]
+
+
+def build_body(
+    template: Template,
+    d_model: int,
+    d_out: int,
+    generator: torch.Generator,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """A new body of the template's kind, its weights drawn from `generator`.
+
+    Raises:
+        ValueError: neither a module nor a function that builds one, or an FFN of other widths.
+    """
+    if isinstance(template, nn.Module):
+        body = template
+    elif callable(template):
+        with seeded(generator):
+            body = template()
+    else:
+        raise ValueError(f"expert must be a module or a function that builds one, got {template!r}")
+    if not isinstance(body, nn.Module):
+        raise ValueError(f"expert: the function built {body!r}, which is no module")
+    if body is template or (type(body) is FFN and body.d_model is None):
+        body = fresh_body(body, d_model, d_out, generator, device, dtype)
+    if type(body) is FFN and (body.d_model, body.d_out) != (d_model, d_out):
+        raise ValueError(f"expert: {body} does not map d_model={d_model} to d_out={d_out}")
+    return body.to(device=device, dtype=dtype)
 
 
 def saved_structure(state_dict: Mapping[str, Any], prefix: str) -> Saved:
