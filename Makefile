@@ -13,7 +13,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  || { echo "growmoe needs Python 3.10 to 3.13; set PYTHON=... (found: $(PYTHON))"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+	  --config-settings editable_mode=compat --editable '.[dev]'
 	@touch $@
 
 setup: $(VENV)/.installed

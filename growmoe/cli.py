@@ -172,11 +172,14 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         _fail(error.format_message())
     else:
+        if code == 130:  # typer turns Ctrl-C into an exit code
+            print("growmoe: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str) -> None:
-    print("growmoe: " + " ".join(message.split()), file=sys.stderr)
+    if message.strip():  # help was asked for, and shown
+        print("growmoe: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
 
 

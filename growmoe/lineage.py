@@ -53,6 +53,8 @@ class Event:
         if not self.accepted:
             what = f"refused to {self.act} {_list(self.ids)}"
         cost = "" if self.change is None else f" (output changed by {self.change:.2%})"
+        if not self.accepted:
+            cost = ""  # its reason tells
         why = f": {self.reason}" if self.reason else ""
         layer = f"layer {self.layer}" if self.layer.isdecimal() else self.layer
         return f"step {self.step}: {layer} {what}{why}{cost}"

@@ -33,7 +33,7 @@ def refuse_unseen_optimizers(layer: nn.Module, seen: Sequence[Optimizer]) -> Non
     gc.collect()  # one that is only waiting to be collected does not count
     for optimizer in unseen():
         raise ValueError(
-            f"a {type(optimizer).__name__} optimizer trains this layer: pass it as optimizer=, "
+            f"an optimizer ({type(optimizer).__name__}) trains this layer: pass it as optimizer=, "
             "so that it learns of the change (growmoe.load takes one, load_state_dict cannot)"
         )
 

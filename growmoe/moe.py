@@ -95,6 +95,8 @@ class MoE(nn.Module):
             raise ValueError(f"d_out must be a positive integer, got {d_out!r}")
         self.d_model, self.d_out = d_model, d_out or d_model
         self.router = TopK() if router is None else router
+        if not isinstance(self.router, Router):
+            raise ValueError(f"router must be a Router such as TopK(2), got {router!r}")
         if num_experts < self.router.min_experts:
             raise ValueError(
                 f"{self.router} needs at least {self.router.min_experts} experts, "

@@ -76,9 +76,19 @@ class Organizer:
         if cooldown is not None and not (isinstance(cooldown, int) and cooldown >= 0):
             raise ValueError(f"Organizer: cooldown must be an integer >= 0, got {cooldown!r}")
         for rule in rules:
+            if isinstance(rule, type):
+                raise ValueError(f"Organizer: {rule.__name__} is a class: pass {rule.__name__}()")
             if not callable(getattr(rule, "propose", None)):
                 raise ValueError(f"Organizer: {rule!r} is no rule: it has no propose(signals)")
         self.optimizers = as_optimizers(optimizer)
+        held = {id(p) for o in self.optimizers for g in o.param_groups for p in g["params"]}
+        for name, layer in self.layers.items():
+            mine = {id(p) for p in layer.parameters()}
+            if self.optimizers and mine and not mine & held:
+                raise ValueError(
+                    f"Organizer: no optimizer passed holds a parameter of layer {name!r}: pass the "
+                    "one that trains it"
+                )
         self.rules = list(rules)
         self.max_experts, self.every, self.budget = max_experts, every, budget
         self.cooldown = 5 * every if cooldown is None else cooldown
@@ -148,9 +158,14 @@ class Organizer:
             self._lost = self.lost_losses
 
     def _decide(self, name: str, layer: MoE) -> list[Event]:
-        signals = snapshot(layer)
+        signals = snapshot(layer, self.steps)
         # all speak before any is carried out: signals are of the layer as it was
-        proposals = [proposal for rule in self.rules for proposal in rule.propose(signals)]
+        proposals: list[Proposal] = []
+        for rule in self.rules:
+            said = rule.propose(signals)
+            if not isinstance(said, (list, tuple)):
+                raise ValueError(f"{rule!r}.propose must return a list of Proposal, got {said!r}")
+            proposals += said
         acted, events, spent = self._acted[name], [], 0
         busy = {id for id, step in acted.items() if self.steps - step < self.cooldown}
         for proposal in proposals:
@@ -287,7 +302,7 @@ def _check_left(layer: MoE, ids: Sequence[int]) -> None:
 
 
 @torch.no_grad()
-def snapshot(layer: MoE) -> Signals:
+def snapshot(layer: MoE, step: int = 0) -> Signals:
     """The layer's signals for the rules, copied to the CPU."""
     experts = list(layer.experts.values())
     recorder = layer.recorder
@@ -331,6 +346,7 @@ def snapshot(layer: MoE) -> Signals:
 
     return Signals(
         layer=layer.name,
+        step=step,
         d_model=layer.d_model,
         ids=[e.id for e in experts],
         groups=[merge_group(e.body) for e in experts],

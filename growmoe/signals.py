@@ -297,6 +297,7 @@ class Signals:
 
     Attributes:
         layer: the layer's name.
+        step: the organizer's step.
         d_model: D, the width of its inputs.
         ids: the living experts, ascending.
         groups: experts of one group, that is of one kind and shape, can be merged.
@@ -314,6 +315,7 @@ class Signals:
     """
 
     layer: str
+    step: int
     d_model: int
     ids: list[int]
     groups: list[str]

@@ -74,6 +74,7 @@ def spawn(
         ValueError: see the module; also both `parent` and `expert`, a negative noise, or `toward`
             of another shape.
     """
+    _check_layer(layer)
     if parent is not None:
         _check_ids(layer, [parent])
         if expert is not None:
@@ -242,7 +243,15 @@ def thaw(
     return event
 
 
+def _check_layer(layer: MoE) -> None:
+    if not isinstance(layer, MoE):
+        raise ValueError(
+            f"surgery is on a growmoe.MoE layer, got {type(layer).__name__}; pass the layer itself"
+        )
+
+
 def _check_ids(layer: MoE, ids: Sequence[int]) -> None:
+    _check_layer(layer)
     if not isinstance(ids, Collection) or not all(type(id) is int for id in ids):
         raise ValueError(f"ids must be a sequence of integers, got {ids!r}")
     if not ids:

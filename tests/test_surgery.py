@@ -569,7 +569,7 @@ def test_one_of_two_optimizers_left_out_is_named():
     layer = build()
     muon, adam = muon_and_adamw(layer)
     before = of_everything(layer, [muon, adam])
-    with pytest.raises(ValueError, match="AdamW optimizer trains this layer"):
+    with pytest.raises(ValueError, match=r"an optimizer \(AdamW\) trains this layer"):
         surgery.spawn(layer, 0, muon)
     assert differences(before, of_everything(layer, [muon, adam])) == []
 

@@ -91,6 +91,8 @@ def run_bench(
     except OSError as error:
         raise BenchError(f"cannot write to {output}: {error.strerror or error}") from error
     records, broken = store.read_cells(output)
+    if not records and not broken and (output / "results.json").exists():
+        raise BenchError(f"{output} holds results without their cells: choose another --output")
     for record in records:
         _refuse_other(output, record, stream, data, methods)
     for message in broken:

@@ -29,6 +29,8 @@ class Proposal:
     toward: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.ids, tuple):
+            raise ValueError(f"Proposal: ids must be a tuple, got {self.ids!r}")
         fewest, most = {
             "spawn": (0, 1),
             "merge": (2, None),
