@@ -67,8 +67,6 @@ def test_merging_moments_in_training_is_an_exact_sum():
         g = torch.Generator().manual_seed(seed)
         y = torch.arange(60) % 2
         layer(torch.randn(60, 4, generator=g) + 4 * y[:, None], context=y)
-        surgery_parent = layer.experts[0].body
-        surgery_parent.train()
         layer.experts[1].body(torch.randn(5, 4, generator=g))
         layer.experts[1].statistics.view()["hits"] += 1
         layer.experts[1].statistics.view()["rows"] += 5
