@@ -3,8 +3,9 @@
 Start reading at `growmoe.moe`.
 """
 
-from growmoe import losses, rules, surgery
+from growmoe import losses, routers, rules, surgery
 from growmoe.assignment import Assignment
+from growmoe.capacity import Capacity
 from growmoe.checkpoint import load, save
 from growmoe.ema import EMA
 from growmoe.experts import FFN, Expert, ExpertBank
@@ -20,6 +21,7 @@ __all__ = [
     "EMA",
     "FFN",
     "Assignment",
+    "Capacity",
     "Entry",
     "Event",
     "Expert",
@@ -36,6 +38,7 @@ __all__ = [
     "load",
     "losses",
     "moe_layers",
+    "routers",
     "rules",
     "save",
     "surgery",

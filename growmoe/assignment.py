@@ -3,6 +3,7 @@
 Shape suffixes, here and in the whole core:
     T tokens (inputs)   E experts, in ascending order of id   K choices per token
     R routed rows, one for each (token, expert) pair          D model width   F hidden width
+    J mixtures of each token's rows, where a layer has several gates; else there is one
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class Assignment:
     Attributes:
         token_R: int64 [R], the token of each row.
         expert_R: int64 [R], the expert's position, ascending.
-        weight_R: float [R], the combine weight; differentiable.
+        weight_R: float [R], the combine weight; differentiable. [R, J] where several gates mix the
+            same rows, each for itself.
         counts_E: int64 [E], rows of each expert.
         num_tokens: T.
         slot_TK: int64 [T, K], where each token's rows lie, if every token has exactly K of them.
@@ -43,7 +45,7 @@ class Assignment:
 
         Args:
             expert_TK: int64 [T, K], positions of the chosen experts, distinct within a token.
-            weight_TK: float [T, K], their combine weights.
+            weight_TK: float [T, K], their combine weights, or [T, K, J].
             num_experts: E.
         """
         num_tokens, k = expert_TK.shape
@@ -54,7 +56,7 @@ class Assignment:
         return cls(
             token_R=order_R // k,
             expert_R=flat_R[order_R],
-            weight_R=weight_TK.reshape(-1)[order_R],
+            weight_R=weight_TK.flatten(0, 1)[order_R],
             counts_E=_count(flat_R, num_experts),
             num_tokens=num_tokens,
             slot_TK=slot_R.view(num_tokens, k),
@@ -74,7 +76,7 @@ class Assignment:
         Args:
             token_R: int64 [R].
             expert_R: int64 [R], in any order; no pair may occur twice.
-            weight_R: float [R].
+            weight_R: float [R], or [R, J].
         """
         order_R = torch.argsort(expert_R, stable=True)
         return cls(
@@ -94,15 +96,46 @@ class Assignment:
         return _Dispatch.apply(x_TD, self)  # type: ignore[no-any-return]
 
     def combine(self, out_RD: Tensor) -> Tensor:
-        """Sum each token's rows by their weights: [R, D] -> [T, D]; a token without rows gets 0."""
-        return _Combine.apply(  # type: ignore[no-any-return]
-            out_RD * self.weight_R.to(out_RD.dtype)[:, None], self
-        )
+        """Sum each token's rows by their weights; a token without rows gets 0.
+
+        [R, D] -> [T, D], or [T, J, D] where there are J weights for each row.
+        """
+        weight_R = self.weight_R.to(out_RD.dtype)
+        if weight_R.dim() == 1:
+            return _Combine.apply(out_RD * weight_R[:, None], self)  # type: ignore[no-any-return]
+        row_RJD = weight_R[:, :, None] * out_RD[:, None]
+        sum_TJD: Tensor = _Combine.apply(row_RJD.flatten(1), self)
+        return sum_TJD.view(self.num_tokens, *row_RJD.shape[1:])
 
     def dense(self) -> Tensor:
-        """The combine weights as a matrix: float [T, E]."""
-        weight_TE = self.weight_R.new_zeros(self.num_tokens, self.num_experts)
+        """The combine weights as a matrix: float [T, E], or [T, E, J]."""
+        weight_TE = self.weight_R.new_zeros(
+            self.num_tokens, self.num_experts, *self.weight_R.shape[1:]
+        )
         return weight_TE.index_put((self.token_R, self.expert_R), self.weight_R, accumulate=True)
+
+    def keep(self, keep_R: Tensor) -> Assignment:
+        """Only these rows: bool [R]. On an accelerator this waits for the number kept."""
+        expert_R = self.expert_R[keep_R]
+        return Assignment(
+            token_R=self.token_R[keep_R],
+            expert_R=expert_R,
+            weight_R=self.weight_R[keep_R],
+            counts_E=_count(expert_R, self.num_experts),
+            num_tokens=self.num_tokens,
+        )
+
+    def observed(self) -> Assignment:
+        """What the signals are told: hard rows with one weight each, without a graph."""
+        weight_R = self.weight_R.detach()
+        return Assignment(
+            self.token_R,
+            self.expert_R,
+            weight_R if weight_R.dim() == 1 else weight_R.mean(1),
+            self.counts_E,
+            self.num_tokens,
+            self.slot_TK,
+        )
 
 
 def _count(expert_R: Tensor, num_experts: int) -> Tensor:

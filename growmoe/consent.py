@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from growmoe.experts.expert import Expert
 from growmoe.experts.statistics import evidence_count
 from growmoe.moe import MoE
+from growmoe.routers.gate import ContextMissing
 
 MIN_ROWS = 16
 
@@ -70,10 +71,13 @@ def output_change(
             if rows is None:
                 continue
             rows = rows.to(weight_dtype(layer))
-            y = layer.output_of(rows, before).double()
-            gap = layer.output_of(rows, sorted(after, key=lambda e: e.id)).double() - y
-            if layer.shared is not None:
-                y = y + layer.shared(rows)
+            left = sorted(after, key=lambda e: e.id)
+            try:
+                mixture, changed = layer.output_of(rows, before), layer.output_of(rows, left)
+            except ContextMissing as missing:
+                return None, f"the evidence keeps no context: {missing}"
+            y = layer.with_shared(rows, mixture).double()
+            gap = layer.with_shared(rows, changed).double() - y
             change = float(gap.norm() / y.norm().clamp_min(1e-12))
             if not math.isfinite(change):
                 return None, f"the output on the inputs of expert {expert.id} is not finite"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from growmoe.assignment import Assignment
+from growmoe.capacity import Capacity
 from growmoe.experts.bank import ExpertBank, run_each
 from growmoe.experts.expert import Expert
 from growmoe.experts.ffn import FFN
@@ -44,10 +44,17 @@ class MoE(nn.Module):
         num_experts: how many to begin with.
         router: how inputs choose; `TopK(2)` if left out.
         shared: an expert (as above) that sees every input and is added to the mixture.
+        shared_gate: None adds it as it is; "sigmoid" times σ(w·x) (Qwen2-MoE, arXiv 2407.10671);
+            "softmax" weighs shared and mixture against each other by softmax(W x) (residual MoE,
+            arXiv 2201.05596).
         d_out: O, the width of the output; D if left out.
-        balance_loss: coefficient of the Switch balance loss in `growmoe.aux_loss`; set this and
-            z_loss to 0 if you do not call that, or each forward's graph lives until the next.
+        capacity: how many rows an expert takes; all if left out.
+        causal: whether the model is: then routers and capacities that see later tokens are refused.
+        balance_loss: coefficient of the Switch balance loss in `growmoe.aux_loss`; 0.01 if left
+            out, 0 for a router that balances by itself. Set all coefficients to 0 if you do not
+            call that, or each forward's graph lives until the next.
         z_loss: coefficient of the router z-loss there.
+        losses: further losses of the gate there, each with its coefficient (`growmoe.losses`).
         warmup: training forwards over which a newborn is let into the gate: its logit is offset by
             log(min(1, age/warmup)), so that its birth changes no output.
         evidence: "inputs" keeps 32 inputs of each expert for consent (see `Organizer`);
@@ -62,7 +69,8 @@ class MoE(nn.Module):
         steps: training forwards so far.
 
     Raises:
-        ValueError: fewer experts than the router needs, or widths that do not fit.
+        ValueError: fewer experts than the router needs, widths that do not fit, or a causal model
+            whose router or capacity sees the future.
     """
 
     def __init__(
@@ -73,9 +81,13 @@ class MoE(nn.Module):
         router: Router | None = None,
         *,
         shared: Template | None = None,
+        shared_gate: Literal["sigmoid", "softmax"] | None = None,
         d_out: int | None = None,
-        balance_loss: float = 0.01,
+        capacity: Capacity | None = None,
+        causal: bool = False,
+        balance_loss: float | None = None,
         z_loss: float = 0.0,
+        losses: Mapping[Callable[[Routing], Tensor], float] | None = None,
         warmup: int = 100,
         evidence: str = "inputs",
         seed: int | None = None,
@@ -102,12 +114,20 @@ class MoE(nn.Module):
                 f"{self.router} needs at least {self.router.min_experts} experts, "
                 f"got num_experts={num_experts}"
             )
+        _check_choice(self.router, capacity, causal)
+        if shared_gate not in (None, "sigmoid", "softmax"):
+            raise ValueError(f"shared_gate must be 'sigmoid' or 'softmax', got {shared_gate!r}")
+        if shared_gate is not None and shared is None:
+            raise ValueError("shared_gate weighs a shared expert: pass shared= too")
         if expert is None:
             expert = FFN(4 * d_model)
         templates = expert if isinstance(expert, Sequence) else [expert]
         if isinstance(expert, Sequence) and len(templates) != num_experts:
             raise ValueError(f"expert: {len(templates)} kinds for num_experts={num_experts}")
-        self.balance_loss, self.z_loss = balance_loss, z_loss
+        if balance_loss is None:
+            balance_loss = 0.0 if self.router.balances else 0.01
+        self.balance_loss, self.z_loss, self.losses = balance_loss, z_loss, dict(losses or {})
+        self.capacity = capacity
         self.evidence_rows = 32 if evidence == "inputs" else 0
         self.generator = torch.Generator()
         self.generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
@@ -122,23 +142,30 @@ class MoE(nn.Module):
         self.recorder = Recorder(d_model, warmup, device)
         self.experts = ExpertBank(self.d_out)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.router.build(d_model, self.generator, **place)
         newborns = [
             self.newborn(templates[i % len(templates)], admission=1.0, **place)
             for i in range(num_experts)
         ]
         self.experts.replace(newborns)
         self.shared = None if shared is None else self._build(shared, **place)
+        self.shared_gate = None
+        if shared_gate is not None:
+            out = 1 if shared_gate == "sigmoid" else 2
+            self.shared_gate = self._build(nn.Linear(d_model, out), **place)
         self.lineage.add(Event(0, self.name, "init", ids=tuple(self.experts)))
 
     # What happens to an input.
 
     @torch.compiler.disable
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
-        """[..., D] -> [..., O].
+        """[..., D] -> [..., O]; [..., J, O] where the router has J gates (`MultiGate`).
 
         Args:
             x: the input, in the dtype of the weights (or under autocast).
-            context: passed to the router.
+            context: what the caller knows of the inputs, by name ("token", "task", "label" …), for
+                routers that use it: an integer for each input, for each sequence, or for all. A
+                value alone is what the router wants.
 
         Raises:
             ValueError: the last dimension is not D, or the input is not finite. On an accelerator
@@ -152,11 +179,11 @@ class MoE(nn.Module):
         )
         if recording:
             self._begin_step(experts)
-        routing = self.route(x_TD, experts, context)
+        context = self._context(context, x)
+        chosen = self._choose(x_TD, experts, context)
+        routing = self._within_capacity(chosen)
         out_RO = self.experts(x_TD, routing.assignment)
-        y_TO = routing.assignment.combine(out_RO)
-        if self.shared is not None:
-            y_TO = y_TO + self._run_shared(x_TD)
+        y_TO = self.with_shared(x_TD, routing.assignment.combine(out_RO))
         if self.training and not torch.is_inference_mode_enabled():
             aux = self._auxiliary(routing)  # in a recomputation too, which must save the same
             kept = self._aux is not None and aux is not None and not aux.requires_grad
@@ -164,25 +191,49 @@ class MoE(nn.Module):
                 self._aux = aux  # a pass without gradients does not displace one with
             if recording:
                 self.steps += 1
+                self.router.observe(experts, chosen)
+                self.recorder.observe_capacity(chosen.assignment, routing.assignment)
                 self.recorder.observe(
                     experts,
                     x_TD.detach(),
-                    _detached(routing.assignment),
+                    routing.assignment.observed(),
                     out_RO.detach(),
                     self.generator,
                     routing.candidates_TE,
                 )
-        return y_TO.reshape(*x.shape[:-1], self.d_out)
+        return y_TO.reshape(*x.shape[:-1], *y_TO.shape[1:])
 
     def route(
         self, x_TD: Tensor, experts: Sequence[Expert] | None = None, context: Any = None
     ) -> Routing:
         """Where inputs go: [T, D] -> `Routing` over `experts`, by default all the living."""
         experts = list(self.experts.values()) if experts is None else experts
+        return self._within_capacity(self._choose(x_TD, experts, self._context(context, x_TD)))
+
+    def _choose(
+        self, x_TD: Tensor, experts: Sequence[Expert], context: Mapping[str, Any]
+    ) -> Routing:
         admission_E = torch.ones(len(experts), device=x_TD.device)
         if any(e.admission < 1 for e in experts):
             admission_E = torch.tensor([e.admission for e in experts], device=x_TD.device)
         return self.router(x_TD, experts, admission_E, context)
+
+    def _within_capacity(self, chosen: Routing) -> Routing:
+        if self.capacity is None:
+            return chosen
+        return self.capacity(chosen, self.training, self.recorder.imbalance[1])
+
+    def _context(self, context: Any, x: Tensor) -> Mapping[str, Any]:
+        if context is None:
+            context = {}
+        elif not isinstance(context, Mapping):
+            if self.router.wants is None:
+                raise ValueError(
+                    f"{self.name}: {self.router} uses no context of its own; pass a mapping such "
+                    f"as {{'task': 0}}, got {type(context).__name__}"
+                )
+            context = {self.router.wants: context}
+        return {"length": x.shape[-2] if x.dim() > 1 else 1, **context}
 
     @torch.no_grad()
     def output_of(self, x_TD: Tensor, experts: Sequence[Expert]) -> Tensor:
@@ -196,21 +247,35 @@ class MoE(nn.Module):
             run_each(experts, routing.assignment.dispatch(x_TD), routing.assignment, self.d_out)
         )
 
-    def _run_shared(self, x_TD: Tensor) -> Tensor:
-        y_TO: Tensor = self.shared(x_TD)  # type: ignore[misc]
+    def with_shared(self, x_TD: Tensor, mixture_TO: Tensor) -> Tensor:
+        """The layer's output from that of its routed experts, [T, O] or [T, J, O]."""
+        if self.shared is None:
+            return mixture_TO
+        y_TO: Tensor = self.shared(x_TD)
         if y_TO.shape != (len(x_TD), self.d_out):
             raise ValueError(
                 f"{self.name}: the shared expert mapped {tuple(x_TD.shape)} to "
                 f"{tuple(y_TO.shape)}, expected {(len(x_TD), self.d_out)}"
             )
-        return y_TO
+        if self.shared_gate is not None:
+            gate_TG = self.shared_gate(x_TD)
+            if gate_TG.shape[1] == 1:
+                y_TO = gate_TG.sigmoid() * y_TO
+            else:
+                own_T1, mixed_T1 = gate_TG.softmax(-1).split(1, dim=1)
+                y_TO = own_T1 * y_TO
+                mixture_TO = mixed_T1.view(-1, *[1] * (mixture_TO.dim() - 1)) * mixture_TO
+        return mixture_TO + (y_TO if mixture_TO.dim() == 2 else y_TO[:, None])
 
     def _auxiliary(self, routing: Routing) -> Tensor | None:
-        losses = []
-        if self.balance_loss:
-            losses.append(self.balance_loss * balance_loss(routing.probs_TE, routing.assignment))
-        if self.z_loss:
-            losses.append(self.z_loss * z_loss(routing.logits_TE))
+        losses = [] if routing.aux is None else [routing.aux]
+        for loss, coefficient in (
+            (balance_loss, self.balance_loss),
+            (z_loss, self.z_loss),
+            *self.losses.items(),
+        ):
+            if coefficient:
+                losses.append(coefficient * loss(routing))
         return torch.stack(losses).sum() if losses else None
 
     def aux_loss(self) -> Tensor | None:
@@ -235,6 +300,8 @@ class MoE(nn.Module):
 
     def _begin_step(self, experts: Sequence[Expert]) -> None:
         """Let newborns in a little more; before routing, so that a recomputation sees the same."""
+        self.recorder.begin_forward()
+        self.router.advance(experts)
         for expert in experts:
             expert.admission = min(1.0, expert.admission + 1 / self.recorder.warmup)
             if expert.frozen:  # whoever called requires_grad_ on the whole model did not mean it
@@ -269,13 +336,17 @@ class MoE(nn.Module):
             place = {"device": example.device, "dtype": example.dtype}
         entries: dict[str, Tensor] = {}
         for name, entry in self._entries.items():
-            value = entry.fresh(self.generator)
+            if entry.numbered is None:
+                value = entry.fresh(self.generator)
+            else:
+                value = entry.numbered(self.next_id)
             if living:
                 values = torch.stack([getattr(e.entries, name).detach() for e in living])
-                place["dtype"] = values.dtype
+                if values.is_floating_point():
+                    place["dtype"] = values.dtype
                 if toward is not None and entry.toward is not None:
                     value = entry.toward(toward.to(values), values)
-            value = value.to(**place)
+            value = value.to(**place) if value.is_floating_point() else value.to(place["device"])
             entries[name] = nn.Parameter(value) if entry.parameter else value
         statistics = Statistics(self.d_model, self.evidence_rows, place["device"])
         expert = Expert(self.next_id, body, entries, statistics, admission)
@@ -407,10 +478,18 @@ def aux_loss(model: nn.Module) -> Tensor:
     return total
 
 
-def _detached(a: Assignment) -> Assignment:
-    return Assignment(
-        a.token_R, a.expert_R, a.weight_R.detach(), a.counts_E, a.num_tokens, a.slot_TK
-    )
+def _check_choice(router: Router, capacity: Capacity | None, causal: bool) -> None:
+    if capacity is not None:
+        if not isinstance(capacity, Capacity):
+            raise ValueError(f"capacity must be a growmoe.Capacity, got {capacity!r}")
+        if not router.capped:
+            raise ValueError(f"capacity: {router} sets the load of its experts by itself")
+    for name, part in (("router", router), ("capacity", capacity)):
+        if causal and part is not None and part.sees_future:
+            raise ValueError(
+                f"{name}: what {part} decides for a token depends on later tokens, which a causal "
+                "model does not have when it generates; choose another, or insist with causal=False"
+            )
 
 
 def _recomputing() -> bool:

@@ -54,23 +54,31 @@ class Recorder(nn.Module):
         novel: [3 + D]: the running share of novel inputs (over about 8 forwards), and since the
             last decision its peak, the number of novel inputs and their sum.
         lost: [1], how many losses were not finite.
+        dropped: [3], running share of the rows that capacity dropped; since the layer was built,
+            the number of rows dropped and of inputs left without any expert.
+        imbalance: [2], running mean of max load / mean load of what the router chose, and the
+            same as it was when the current forward began.
     """
 
     novel: Tensor
     lost: Tensor
+    dropped: Tensor
+    imbalance: Tensor
 
     def __init__(self, d_model: int, warmup: int, device: Any = None) -> None:
         super().__init__()
         self.d_model, self.warmup = d_model, warmup
         self.register_buffer("novel", torch.zeros(3 + d_model, device=device))
         self.register_buffer("lost", torch.zeros(1, device=device))
+        self.register_buffer("dropped", torch.zeros(3, device=device))
+        self.register_buffer("imbalance", torch.ones(2, device=device))
         self._stacked: Tensor | None = None
         self._last: Assignment | None = None
         self._last_ids: list[int] = []
 
     def _apply(self, fn: Any, recurse: bool = True) -> Recorder:
         # moves with the model, but .half() would round the counts and overflow
-        before = {"novel": self.novel, "lost": self.lost}
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, value in before.items():
             if getattr(self, name).dtype != value.dtype:
@@ -97,6 +105,25 @@ class Recorder(nn.Module):
                 expert.statistics.record = row
         self._stacked = stacked
         return RecordView(stacked, self.d_model)
+
+    def begin_forward(self) -> None:
+        """Before a recorded forward: what it reads must not change while it may be recomputed."""
+        self.imbalance[1] = self.imbalance[0]
+
+    @torch.no_grad()
+    def observe_capacity(self, chosen: Assignment, kept: Assignment) -> None:
+        """Write how uneven the router's choice was and how much of it capacity dropped."""
+        rows = len(chosen.token_R)
+        if not rows:
+            return
+        ratio = chosen.counts_E.max() * (chosen.num_experts / rows)
+        self.imbalance[0] += RATE * (ratio - self.imbalance[0])
+        if kept is chosen:
+            return
+        lost = rows - len(kept.token_R)
+        self.dropped[0] += RATE * (lost / rows - self.dropped[0])
+        self.dropped[1] += lost
+        self.dropped[2] += _inputs(chosen) - _inputs(kept)
 
     @torch.no_grad()
     def observe(
@@ -284,6 +311,12 @@ class Recorder(nn.Module):
         self.novel[1:] = 0
         if forget:
             self.novel[0] = 0
+
+
+def _inputs(a: Assignment) -> Tensor:
+    """How many tokens have an expert."""
+    has_T = torch.zeros(a.num_tokens, dtype=torch.bool, device=a.token_R.device)
+    return has_T.index_fill_(0, a.token_R, True).sum()
 
 
 def _sum_rows(value_R: Tensor, assignment: Assignment) -> Tensor:

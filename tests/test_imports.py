@@ -17,7 +17,7 @@ LEVELS = [
     {"assignment"},
     {"experts"},
     {"routers"},
-    {"signals", "losses", "lineage", "live", "structure"},
+    {"signals", "losses", "capacity", "lineage", "live", "structure"},
     {"moe"},
     {"optim", "consent", "ema"},
     {"surgery", "rules"},

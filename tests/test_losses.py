@@ -9,13 +9,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from growmoe import Assignment
-from growmoe.losses import balance_loss, z_loss
+from growmoe import Assignment, Routing, losses
 
 
 def chosen(expert_TK: list[list[int]], num_experts: int) -> Assignment:
     expert = torch.tensor(expert_TK)
     return Assignment.from_choice(expert, torch.ones(expert.shape), num_experts)
+
+
+def balance_loss(probs: torch.Tensor, assignment: Assignment) -> torch.Tensor:
+    return losses.balance_loss(Routing(assignment, probs, probs.log()))
+
+
+def z_loss(logits: torch.Tensor) -> torch.Tensor:
+    return losses.z_loss(Routing(chosen([[0]], logits.shape[1]), logits.softmax(-1), logits))
 
 
 def test_balance_is_one_when_uniform() -> None:

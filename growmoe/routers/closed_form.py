@@ -17,7 +17,8 @@ from growmoe.assignment import Assignment
 from growmoe.experts.expert import Expert
 from growmoe.experts.moments import Moments
 from growmoe.experts.statistics import NOVEL_Z, READY_HITS, RecordView, distance_z
-from growmoe.routers.router import Entry, Router, Routing
+from growmoe.routers.gate import Context, Entry
+from growmoe.routers.router import Router, Routing
 
 
 class ClosedFormGate(Router):
@@ -45,6 +46,10 @@ class ClosedFormGate(Router):
         local_ridge: the same for the local heads.
     """
 
+    wants = "label"
+    balances = True  # by what the labels are; there is nothing to even out
+    capped = False
+
     def __init__(self, shortlist: int = 3, ridge: float = 0.3, local_ridge: float = 2.0) -> None:
         super().__init__()
         if not isinstance(shortlist, int) or shortlist < 1:
@@ -60,34 +65,38 @@ class ClosedFormGate(Router):
 
     @torch.no_grad()
     def forward(
-        self, x_TD: Tensor, experts: Sequence[Expert], admission_E: Tensor, context: Any = None
+        self,
+        x_TD: Tensor,
+        experts: Sequence[Expert],
+        admission_E: Tensor,
+        context: Context | None = None,
     ) -> Routing:
-        """Choose; `context` is int64 [T], the labels, or None to predict them.
+        """Choose; the context's "label" is int64 [T], or absent to predict it.
 
         Raises:
             ValueError: no labels in training mode, or not one integer for each input.
         """
-        if self.training and context is None:
+        label = None if context is None else context.get("label")
+        if self.training and label is None:
             raise ValueError(
                 "ClosedFormGate learns from labels: pass context=, or call eval() to predict"
             )
-        if context is not None:
-            context = torch.as_tensor(context, device=x_TD.device).reshape(-1)
-            if len(context) != len(x_TD) or context.is_floating_point():
+        if label is not None:
+            label = torch.as_tensor(label, device=x_TD.device).reshape(-1)
+            if len(label) != len(x_TD) or label.is_floating_point():
                 raise ValueError(
-                    f"context must be {len(x_TD)} integer labels, "
-                    f"got {len(context)} of {context.dtype}"
+                    f"context must be {len(x_TD)} integer labels, got {len(label)} of {label.dtype}"
                 )
         with torch.autocast(x_TD.device.type, enabled=False):
-            return self._choose(x_TD.float(), experts, context)
+            return self._choose(x_TD.float(), experts, label)
 
-    def _choose(self, x_TD: Tensor, experts: Sequence[Expert], context: Tensor | None) -> Routing:
+    def _choose(self, x_TD: Tensor, experts: Sequence[Expert], label: Tensor | None) -> Routing:
         label_E = torch.stack([_body(e).label for e in experts])
         records = torch.stack([e.statistics.record for e in experts])
         z_TE = distance_z(RecordView(records, x_TD.shape[1]), x_TD)
         hits_E = RecordView(records, x_TD.shape[1])["hits"]
-        if context is not None:
-            return self._teach(z_TE, hits_E > READY_HITS, label_E, context)
+        if label is not None:
+            return self._teach(z_TE, hits_E > READY_HITS, label_E, label)
         return self._predict(x_TD, experts, z_TE, hits_E > READY_HITS, label_E)
 
     def _teach(self, z_TE: Tensor, ready_E: Tensor, label_E: Tensor, label_T: Tensor) -> Routing:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from growmoe.assignment import Assignment
 from growmoe.experts.expert import Expert
-from growmoe.routers.router import Router, Routing, linear_logits
+from growmoe.routers.gate import Context, Gate
+from growmoe.routers.router import Router, Routing
 
 
 class ExpertChoice(Router):
@@ -27,23 +27,30 @@ class ExpertChoice(Router):
 
     Args:
         capacity: the mean number of experts per token.
+        gate: how logits come about; `Linear` if left out.
 
     Raises:
         ValueError: capacity is not positive.
     """
 
     sees_future = True
+    balances = True
+    capped = False
 
-    def __init__(self, capacity: float = 2.0) -> None:
-        super().__init__()
+    def __init__(self, capacity: float = 2.0, gate: Gate | None = None) -> None:
+        super().__init__(gate)
         if not 0 < capacity < math.inf:
             raise ValueError(f"ExpertChoice: capacity must be positive, got {capacity!r}")
         self.capacity = capacity
 
     def forward(
-        self, x_TD: Tensor, experts: Sequence[Expert], admission_E: Tensor, context: Any = None
+        self,
+        x_TD: Tensor,
+        experts: Sequence[Expert],
+        admission_E: Tensor,
+        context: Context | None = None,
     ) -> Routing:
-        logits_TE = linear_logits(x_TD, experts, admission_E)
+        logits_TE = self.gate(x_TD, experts, admission_E, context)
         probs_TE = logits_TE.softmax(-1)
         num_tokens, num_experts = probs_TE.shape
         admitted = sum(e.admission for e in experts)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from growmoe.assignment import Assignment
 from growmoe.experts.expert import Expert
-from growmoe.routers.router import Router, Routing, linear_logits
+from growmoe.routers.gate import Context, Gate
+from growmoe.routers.router import Router, Routing, check_k
 
 Score = Literal["softmax", "softmax_topk", "sigmoid"]
 
@@ -28,6 +29,7 @@ class TopK(Router):
             always be 1, and the gate would learn nothing from the task.
         noise: standard deviation of Gaussian noise added to the logits in training, for the
             choice and the weights alike.
+        gate: how logits come about; `Linear` if left out.
 
     Raises:
         ValueError: k is not a positive integer, an unknown score, or a negative noise.
@@ -39,15 +41,15 @@ class TopK(Router):
         score: Score = "softmax",
         renormalize: bool | None = None,
         noise: float = 0.0,
+        gate: Gate | None = None,
     ) -> None:
-        super().__init__()
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"TopK: k must be a positive integer, got {k!r}")
+        super().__init__(gate)
+        self.k = check_k(self, k)
         if score not in get_args(Score):
             raise ValueError(f"TopK: score must be one of {get_args(Score)}, got {score!r}")
         if noise < 0:
             raise ValueError(f"TopK: noise must not be negative, got {noise!r}")
-        self.k, self.score, self.noise = k, score, noise
+        self.score, self.noise = score, noise
         self.renormalize = k > 1 if renormalize is None else renormalize
 
     @property
@@ -55,9 +57,13 @@ class TopK(Router):
         return self.k
 
     def forward(
-        self, x_TD: Tensor, experts: Sequence[Expert], admission_E: Tensor, context: Any = None
+        self,
+        x_TD: Tensor,
+        experts: Sequence[Expert],
+        admission_E: Tensor,
+        context: Context | None = None,
     ) -> Routing:
-        logits_TE = linear_logits(x_TD, experts, admission_E)
+        logits_TE = self.gate(x_TD, experts, admission_E, context)
         if self.training and self.noise:
             logits_TE = logits_TE + self.noise * torch.randn_like(logits_TE)
         probs_TE = logits_TE.sigmoid() if self.score == "sigmoid" else logits_TE.softmax(-1)
