@@ -12,7 +12,7 @@ from growmoe.capacity import Capacity
 from growmoe.experts.bank import ExpertBank, run_each
 from growmoe.experts.expert import Expert
 from growmoe.experts.ffn import FFN
-from growmoe.experts.statistics import Statistics
+from growmoe.forwards import finite, recomputing, transforming
 from growmoe.lineage import Event, Lineage
 from growmoe.live import refuse_unseen_optimizers
 from growmoe.losses import balance_loss, z_loss
@@ -25,6 +25,7 @@ from growmoe.structure import (
     build_body,
     differs,
     experts_for,
+    fresh_expert,
     saved_structure,
 )
 
@@ -175,7 +176,7 @@ class MoE(nn.Module):
         x_TD = x.reshape(-1, self.d_model)
         experts = list(self.experts.values())
         recording = self.training and not (
-            _recomputing() or _transforming() or torch.is_inference_mode_enabled()
+            recomputing() or transforming() or torch.is_inference_mode_enabled()
         )
         if recording:
             self._begin_step(experts)
@@ -187,7 +188,7 @@ class MoE(nn.Module):
         if self.training and not torch.is_inference_mode_enabled():
             aux = self._auxiliary(routing)  # in a recomputation too, which must save the same
             kept = self._aux is not None and aux is not None and not aux.requires_grad
-            if not _recomputing() and not kept:
+            if not recomputing() and not kept:
                 self._aux = aux  # a pass without gradients does not displace one with
             if recording:
                 self.steps += 1
@@ -294,7 +295,7 @@ class MoE(nn.Module):
             )
         if not x.is_floating_point():
             raise ValueError(f"{self.name}: input is {x.dtype}, it must be floating point")
-        if x.device.type == "cpu" and not _plain_finite(x):
+        if x.device.type == "cpu" and not finite(x):
             bad = int((~x.isfinite()).sum())
             raise ValueError(f"{self.name}: {bad} of {x.numel()} input values are NaN or infinite")
 
@@ -326,30 +327,19 @@ class MoE(nn.Module):
             toward: [D], the mean of the inputs it is born for; its router entries turn there.
         """
         body = self._build(self._template[0] if template is None else template, device, dtype)
-        example = next(iter(body.parameters()), None)
-        living = list(self.experts.values()) if hasattr(self, "experts") else []
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
-        if living:
-            anyone = living[0].statistics.record
-            place = {"device": anyone.device, "dtype": dtype}
-        elif example is not None:
-            place = {"device": example.device, "dtype": example.dtype}
-        entries: dict[str, Tensor] = {}
-        for name, entry in self._entries.items():
-            if entry.numbered is None:
-                value = entry.fresh(self.generator)
-            else:
-                value = entry.numbered(self.next_id)
-            if living:
-                values = torch.stack([getattr(e.entries, name).detach() for e in living])
-                if values.is_floating_point():
-                    place["dtype"] = values.dtype
-                if toward is not None and entry.toward is not None:
-                    value = entry.toward(toward.to(values), values)
-            value = value.to(**place) if value.is_floating_point() else value.to(place["device"])
-            entries[name] = nn.Parameter(value) if entry.parameter else value
-        statistics = Statistics(self.d_model, self.evidence_rows, place["device"])
-        expert = Expert(self.next_id, body, entries, statistics, admission)
+        expert = fresh_expert(
+            self.next_id,
+            body,
+            self._entries,
+            list(self.experts.values()) if hasattr(self, "experts") else [],
+            self.d_model,
+            self.evidence_rows,
+            self.generator,
+            toward=toward,
+            device=device,
+            dtype=dtype,
+        )
+        expert.admission = admission
         expert.train(self.training)
         self.next_id += 1
         return expert
@@ -490,20 +480,3 @@ def _check_choice(router: Router, capacity: Capacity | None, causal: bool) -> No
                 f"{name}: what {part} decides for a token depends on later tokens, which a causal "
                 "model does not have when it generates; choose another, or insist with causal=False"
             )
-
-
-def _recomputing() -> bool:
-    """Whether a backward is running: activation checkpointing repeats forwards in it."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def _transforming() -> bool:
-    """Whether a functorch transform is at work, under which records cannot be written."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _plain_finite(x: Tensor) -> bool:
-    # a sum is not finite if any value is not: one pass without a temporary, then make sure
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return True
-    return bool(x.detach().sum().isfinite()) or bool(x.detach().isfinite().all())

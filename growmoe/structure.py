@@ -5,15 +5,17 @@ A *saved structure* maps each id to what `Expert.get_extra_state` gave.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from growmoe.experts.expert import Expert, fresh_body, kind_of, seeded
 from growmoe.experts.ffn import FFN
+from growmoe.experts.statistics import Statistics
+from growmoe.routers.gate import Entry
 
 Saved = dict[int, dict[str, Any]]
 Template = nn.Module | Callable[[], nn.Module]
@@ -46,6 +48,47 @@ def build_body(
     if type(body) is FFN and (body.d_model, body.d_out) != (d_model, d_out):
         raise ValueError(f"expert: {body} does not map d_model={d_model} to d_out={d_out}")
     return body.to(device=device, dtype=dtype)
+
+
+def fresh_expert(
+    id: int,
+    body: nn.Module,
+    entries: Mapping[str, Entry],
+    living: Sequence[Expert],
+    d_model: int,
+    evidence_rows: int,
+    generator: torch.Generator,
+    *,
+    toward: Tensor | None = None,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+) -> Expert:
+    """An expert without parents around a body, with entries and an empty record.
+
+    Args:
+        entries: what the router keeps on each expert.
+        living: where its entries and record lie, and in which dtype, if any live; else `device`
+            and `dtype`, or those of the body.
+        toward: [D], the mean of the inputs it is born for.
+    """
+    example = next(iter(body.parameters()), None)
+    if living:
+        device = living[0].statistics.record.device
+    elif example is not None:
+        device, dtype = example.device, example.dtype
+    values: dict[str, Tensor] = {}
+    for name, entry in entries.items():
+        numbered = entry.numbered
+        value = entry.fresh(generator) if numbered is None else numbered(id)
+        kind = dtype if value.is_floating_point() else value.dtype
+        if living:
+            others = torch.stack([getattr(e.entries, name).detach() for e in living])
+            kind = others.dtype
+            if toward is not None and entry.toward is not None:
+                value = entry.toward(toward.to(others), others)
+        value = value.to(device=device, dtype=kind)
+        values[name] = nn.Parameter(value) if entry.parameter else value
+    return Expert(id, body, values, Statistics(d_model, evidence_rows, device))
 
 
 def saved_structure(state_dict: Mapping[str, Any], prefix: str) -> Saved:

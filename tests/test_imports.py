@@ -17,7 +17,7 @@ LEVELS = [
     {"assignment"},
     {"experts"},
     {"routers"},
-    {"signals", "losses", "capacity", "lineage", "live", "structure"},
+    {"signals", "losses", "capacity", "lineage", "live", "structure", "forwards"},
     {"moe"},
     {"optim", "consent", "ema"},
     {"surgery", "rules"},
