@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from growmoe.experts.expert import Expert, fresh_body, kind_of, seeded
 from growmoe.experts.ffn import FFN
 from growmoe.experts.statistics import Statistics
+from growmoe.experts.zero_computation import Constant, Copy, Zero
 from growmoe.routers.gate import Entry
 
 Saved = dict[int, dict[str, Any]]
 Template = nn.Module | Callable[[], nn.Module]
+OWN: dict[str, type[nn.Module]] = {
+    f"{cls.__module__}.{cls.__qualname__}": cls for cls in (Zero, Copy, Constant)
+}
 
 
 def build_body(
@@ -140,6 +144,8 @@ def experts_for(
             kind = state["kind"]
             if kind == "FFN":  # a template, whose weights nobody needs
                 makers[kind] = FFN(**state["config"], generator=torch.Generator())
+            elif kind in OWN:
+                makers[kind] = OWN[kind](**state["config"])
             if kind not in makers:
                 raise ValueError(
                     f"expert {id} is a {kind}, which is not known here; pass "
