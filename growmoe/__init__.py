@@ -3,13 +3,14 @@
 Start reading at `growmoe.moe`.
 """
 
-from growmoe import losses, routers, rules, surgery
+from growmoe import losses, models, routers, rules, surgery
 from growmoe.assignment import Assignment
 from growmoe.capacity import Capacity
 from growmoe.checkpoint import load, save
 from growmoe.ema import EMA
 from growmoe.experts import FFN, Expert, ExpertBank
 from growmoe.lineage import Event, Lineage
+from growmoe.models.upcycle import upcycle
 from growmoe.moe import MoE, aux_loss, moe_layers
 from growmoe.optim import guard
 from growmoe.organizer import Organizer
@@ -37,9 +38,11 @@ __all__ = [
     "guard",
     "load",
     "losses",
+    "models",
     "moe_layers",
     "routers",
     "rules",
     "save",
     "surgery",
+    "upcycle",
 ]

@@ -24,7 +24,7 @@ def refuse_unseen_optimizers(layer: nn.Module, seen: Sequence[Optimizer]) -> Non
         return [
             o
             for o in _alive(Optimizer)
-            if not any(o is s for s in seen)
+            if not any(_same(o, s) for s in seen)
             and any(id(p) in mine for g in getattr(o, "param_groups", ()) for p in g["params"])
         ]
 
@@ -36,6 +36,12 @@ def refuse_unseen_optimizers(layer: nn.Module, seen: Sequence[Optimizer]) -> Non
             f"an optimizer ({type(optimizer).__name__}) trains this layer: pass it as optimizer=, "
             "so that it learns of the change (growmoe.load takes one, load_state_dict cannot)"
         )
+
+
+def _same(optimizer: Optimizer, other: Optimizer) -> bool:
+    # Accelerate and Lightning wrap an optimizer in one that hands out its parameter groups
+    mine = getattr(optimizer, "param_groups", None)
+    return optimizer is other or (mine is not None and mine is other.param_groups)
 
 
 def refuse_parallel_wrappers(layer: nn.Module) -> None:

@@ -63,6 +63,7 @@ def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Opt
     if optimizer is None:
         return []
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    optimizers = [_unwrapped(o) for o in optimizers]
     for o in optimizers:
         if not isinstance(o, Optimizer):
             raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(o).__name__}")
@@ -85,6 +86,16 @@ def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Opt
                     "known; add them to growmoe.optim.STATE_ENTRIES"
                 )
     return optimizers
+
+
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside a wrapper such as Accelerate's or Lightning's."""
+    inner = getattr(optimizer, "optimizer", None)
+    while isinstance(inner, Optimizer) and inner.param_groups is getattr(
+        optimizer, "param_groups", None
+    ):
+        optimizer, inner = inner, getattr(inner, "optimizer", None)
+    return optimizer
 
 
 def _entries(optimizer: Optimizer) -> dict[str, Meaning] | None:

@@ -19,6 +19,7 @@ LEVELS = [
     {"routers"},
     {"signals", "losses", "capacity", "lineage", "live", "structure", "forwards"},
     {"moe"},
+    {"models"},
     {"optim", "consent", "ema"},
     {"surgery", "rules"},
     {"organizer"},
@@ -26,8 +27,11 @@ LEVELS = [
 ]
 CORE = set().union(*LEVELS)
 HEAVY = {
+    "accelerate",
     "avalanche",
+    "lightning",
     "matplotlib",
+    "pytorch_lightning",
     "ray",
     "rich",
     "sklearn",
