@@ -172,6 +172,18 @@ class MoE(nn.Module):
             ValueError: the last dimension is not D, or the input is not finite. On an accelerator
                 the latter is not checked, since that would make it wait.
         """
+        routing, out_RO = self.rows(x, context)
+        x_TD = x.reshape(-1, self.d_model)
+        y_TO = self.with_shared(x_TD, routing.assignment.combine(out_RO))
+        return y_TO.reshape(*x.shape[:-1], *y_TO.shape[1:])
+
+    @torch.compiler.disable
+    def rows(self, x: Tensor, context: Any = None) -> tuple[Routing, Tensor]:
+        """The forward up to the experts' own outputs, [R, O], before they are mixed.
+
+        For hosts that do something else with them. Arguments, errors and all that is recorded are
+        those of the layer's forward, without the shared expert.
+        """
         self._check(x)
         x_TD = x.reshape(-1, self.d_model)
         experts = list(self.experts.values())
@@ -180,13 +192,12 @@ class MoE(nn.Module):
         )
         if recording:
             self._begin_step(experts)
-        context = self._context(context, x)
-        chosen = self._choose(x_TD, experts, context)
+        chosen = self._choose(x_TD, experts, self._context(context, x))
         routing = self._within_capacity(chosen)
         out_RO = self.experts(x_TD, routing.assignment)
-        y_TO = self.with_shared(x_TD, routing.assignment.combine(out_RO))
         if self.training and not torch.is_inference_mode_enabled():
-            aux = self._auxiliary(routing)  # in a recomputation too, which must save the same
+            # of what was chosen: capacity hides how uneven that was
+            aux = self._auxiliary(chosen)  # in a recomputation too, which must save the same
             kept = self._aux is not None and aux is not None and not aux.requires_grad
             if not recomputing() and not kept:
                 self._aux = aux  # a pass without gradients does not displace one with
@@ -202,7 +213,7 @@ class MoE(nn.Module):
                     self.generator,
                     routing.candidates_TE,
                 )
-        return y_TO.reshape(*x.shape[:-1], *y_TO.shape[1:])
+        return routing, out_RO
 
     def route(
         self, x_TD: Tensor, experts: Sequence[Expert] | None = None, context: Any = None

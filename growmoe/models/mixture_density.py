@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -151,22 +151,12 @@ class MixtureDensity(nn.Module):
             )
         if not x_BI.is_floating_point():
             raise ValueError(f"x is {x_BI.dtype}, it must be floating point")
-        # the layer's output is the experts' weighted mean; here each counts by itself, so what
-        # router and bank gave on the way is taken. The layer has then recorded what it always does
-        seen: dict[str, Any] = {}
-        hooks = [
-            module.register_forward_hook(lambda _, args, out, name=name: seen.update({name: out}))  # type: ignore[misc]
-            for name, module in (("routing", self.mixture.router), ("rows", self.mixture.experts))
-        ]
-        try:
-            self.mixture(self.stem(x_BI))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        # the layer's output is the experts' weighted mean; here each counts by itself
+        routing, out_RO = self.mixture.rows(self.stem(x_BI))
         num_experts = len(self.mixture.experts)
         # a dense router gives every expert all tokens, in order
-        raw_TEO = seen["rows"].view(num_experts, -1, 2 * self.d_out).transpose(0, 1)
-        log_probs_TE = seen["routing"].logits_TE.log_softmax(-1)
+        raw_TEO = out_RO.view(num_experts, -1, 2 * self.d_out).transpose(0, 1)
+        log_probs_TE = routing.logits_TE.log_softmax(-1)
         raw_TEO = raw_TEO.to(log_probs_TE.dtype)
         mean_TEO, scale_TEO = raw_TEO.chunk(2, dim=-1)
         # softplus, not exp: one outlier would blow the scale up
