@@ -172,9 +172,11 @@ class MoE(nn.Module):
             ValueError: the last dimension is not D, or the input is not finite. On an accelerator
                 the latter is not checked, since that would make it wait.
         """
-        routing, out_RO = self.rows(x, context)
+        self._check(x)
         x_TD = x.reshape(-1, self.d_model)
-        y_TO = self.with_shared(x_TD, routing.assignment.combine(out_RO))
+        shared_TO = self._run_shared(x_TD)  # first: should it fail, nothing was recorded
+        routing, out_RO = self._rows(x, context)
+        y_TO = self._add_shared(x_TD, routing.assignment.combine(out_RO), shared_TO)
         return y_TO.reshape(*x.shape[:-1], *y_TO.shape[1:])
 
     @torch.compiler.disable
@@ -185,6 +187,9 @@ class MoE(nn.Module):
         those of the layer's forward, without the shared expert.
         """
         self._check(x)
+        return self._rows(x, context)
+
+    def _rows(self, x: Tensor, context: Any) -> tuple[Routing, Tensor]:
         x_TD = x.reshape(-1, self.d_model)
         experts = list(self.experts.values())
         recording = self.training and not (
@@ -261,14 +266,22 @@ class MoE(nn.Module):
 
     def with_shared(self, x_TD: Tensor, mixture_TO: Tensor) -> Tensor:
         """The layer's output from that of its routed experts, [T, O] or [T, J, O]."""
+        return self._add_shared(x_TD, mixture_TO, self._run_shared(x_TD))
+
+    def _run_shared(self, x_TD: Tensor) -> Tensor | None:
         if self.shared is None:
-            return mixture_TO
+            return None
         y_TO: Tensor = self.shared(x_TD)
         if y_TO.shape != (len(x_TD), self.d_out):
             raise ValueError(
                 f"{self.name}: the shared expert mapped {tuple(x_TD.shape)} to "
                 f"{tuple(y_TO.shape)}, expected {(len(x_TD), self.d_out)}"
             )
+        return y_TO
+
+    def _add_shared(self, x_TD: Tensor, mixture_TO: Tensor, y_TO: Tensor | None) -> Tensor:
+        if y_TO is None:
+            return mixture_TO
         if self.shared_gate is not None:
             gate_TG = self.shared_gate(x_TD)
             if gate_TG.shape[1] == 1:
