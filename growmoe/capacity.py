@@ -84,6 +84,8 @@ class Capacity:
             room = ((1.1 * imbalance).clamp(1, self.most) * balanced).ceil().long()
         else:
             room = math.ceil(factor * balanced)
+            if room >= a.num_tokens:  # no expert has a token twice
+                return routing
         place_R = self._place(a)
         if not self.reroute:
             return replace(routing, assignment=a.keep(place_R < room))

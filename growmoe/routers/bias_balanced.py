@@ -89,17 +89,18 @@ class BiasBalanced(Router):
     @torch.no_grad()
     def advance(self, experts: Sequence[Expert]) -> None:
         for expert in experts:
-            steps, pending = _counters(expert)
             if not expert.frozen:
+                steps, pending = _counters(expert)
                 steps += pending
-            pending.zero_()
+                pending.zero_()
 
     @torch.no_grad()
     def observe(self, experts: Sequence[Expert], routing: Routing) -> None:
         counts_E = routing.assignment.counts_E.float()
         step_E = torch.sign(counts_E.mean() - counts_E).long()
         for expert, step in zip(experts, step_E.unbind(), strict=True):
-            _counters(expert)[1].copy_(step)
+            if not expert.frozen:
+                _counters(expert)[1].copy_(step)
 
     def forward(
         self,
@@ -127,8 +128,9 @@ class BiasBalanced(Router):
         for g in range(self.groups):
             own_TE = biased_TE.masked_fill(group_E != g, -torch.inf)
             top_T2 = own_TE.topk(min(2, own_TE.shape[1]), dim=-1).values
-            # a group of one counts that one; one without any is never chosen
-            score_GT.append(top_T2[:, 0] + top_T2[:, 1:].nan_to_num(neginf=0.0).sum(-1))
+            # a group of one admitted expert counts that one; one without any is never chosen
+            second_T1 = torch.where(top_T2[:, 1:] > -1e8, top_T2[:, 1:], 0.0)
+            score_GT.append(top_T2[:, 0] + second_T1.sum(-1))
         best_TG = torch.stack(score_GT, 1).topk(self.chosen_groups, dim=-1).indices
         allowed_TE = (best_TG[:, :, None] == group_E).any(1)
         return torch.where(allowed_TE, biased_TE, biased_TE - 1e4)

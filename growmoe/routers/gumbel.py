@@ -67,7 +67,9 @@ class Gumbel(Router):
             return Routing(from_all(probs_TE), probs_TE, logits_TE)
         chosen_TK = drawn_TE.topk(self.k, dim=-1).indices
         p_TK = probs_TE.gather(1, chosen_TK)
-        weight_TK = (1 + p_TK - p_TK.detach()) / self.k
+        admitted_TK = drawn_TE.gather(1, chosen_TK).isfinite()
+        share_TK = admitted_TK / admitted_TK.sum(-1, keepdim=True).clamp_min(1)
+        weight_TK = share_TK.to(p_TK.dtype) * (1 + (p_TK - p_TK.detach()))
         assignment = Assignment.from_choice(chosen_TK, weight_TK, len(experts))
         return Routing(assignment, probs_TE, logits_TE)
 

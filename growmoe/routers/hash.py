@@ -61,11 +61,14 @@ class Hash(Router):
         uniform_TE = hashed(value_T[:, None], id_E + 1 + (self.seed << 20))
         score_TE = uniform_TE.log() / admission_E.double()
         chosen_TK = score_TE.topk(self.k, dim=-1).indices
-        weight_TK = torch.full(chosen_TK.shape, 1 / self.k, device=x_TD.device)
+        dtype = torch.promote_types(torch.float32, x_TD.dtype)
+        admitted_TK = score_TE.gather(1, chosen_TK).isfinite()
+        weight_TK = admitted_TK.to(dtype)
+        weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp_min(1)
         assignment = Assignment.from_choice(chosen_TK, weight_TK, len(experts))
-        probs_TE = torch.zeros(len(x_TD), len(experts), device=x_TD.device)
-        probs_TE = probs_TE.scatter(1, chosen_TK, 1 / self.k)
-        return Routing(assignment, probs_TE, score_TE.float())
+        # before it is hashed a token may go to anyone; a rerouted row keeps its weight by this
+        probs_TE = (admission_E / admission_E.sum()).to(dtype).expand(len(x_TD), -1)
+        return Routing(assignment, probs_TE, score_TE.to(dtype))
 
     def extra_repr(self) -> str:
         return f"k={self.k}, by={self.by!r}, seed={self.seed}"

@@ -87,7 +87,8 @@ class ReMoE(Router):
         assignment = from_mask(weight_TE > 0, weight_TE)
         aux = None
         if self.training and len(x_TD):
-            load_E = assignment.counts_E * (len(experts) / (self.k * len(x_TD)))
+            count_E = assignment.counts_E.to(weight_TE.dtype)
+            load_E = count_E * (len(experts) / (self.k * len(x_TD)))
             strength = self.initial * self.rate ** self.lambda_steps.to(weight_TE.dtype)
             aux = strength * (load_E * weight_TE).sum(-1).mean()
         return Routing(assignment, weight_TE, logits_TE, aux=aux)

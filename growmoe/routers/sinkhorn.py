@@ -141,13 +141,19 @@ def balanced_assignment(logits_TE: Tensor, share_E: Sequence[float] | None = Non
 
     Args:
         logits_TE: float [T, E].
-        share_E: the experts' loads in proportion to each other; equal if left out. No expert has
-            more than its share rounded up.
+        share_E: the experts' loads in proportion to each other; equal if left out. Each expert has
+            its share rounded down or up.
     """
     num_tokens, num_experts = logits_TE.shape
     share_E = [1.0] * num_experts if share_E is None else list(share_E)
-    places = [math.ceil(num_tokens * share / sum(share_E) - 1e-9) for share in share_E]
-    owner_P = torch.repeat_interleave(torch.arange(num_experts), torch.tensor(places))
-    score_TE = logits_TE.float().cpu().nan_to_num(neginf=-1e9)
-    _, place_T = linear_sum_assignment(score_TE[:, owner_P].numpy(), maximize=True)
-    return owner_P[torch.from_numpy(place_T)].to(logits_TE.device)
+    even = [num_tokens * share / sum(share_E) for share in share_E]
+    fewest = torch.tensor([math.floor(n + 1e-9) for n in even])
+    most = torch.tensor([math.ceil(n - 1e-9) for n in even])
+    # places that must be taken, then those that may be left; nobody takes what is left
+    owner_P = torch.arange(num_experts).repeat_interleave(fewest)
+    owner_P = torch.cat([owner_P, torch.arange(num_experts).repeat_interleave(most - fewest)])
+    score_PP = torch.zeros(len(owner_P), len(owner_P), dtype=torch.float64)
+    score_PP[num_tokens:, : int(fewest.sum())] = -1e12
+    score_PP[:num_tokens] = logits_TE.double().cpu().nan_to_num(neginf=-1e9)[:, owner_P]
+    _, place_P = linear_sum_assignment(score_PP.numpy(), maximize=True)
+    return owner_P[torch.from_numpy(place_P)[:num_tokens]].to(logits_TE.device)

@@ -36,7 +36,7 @@ class SoftAssignment(Assignment):
         """The slots' mixtures of tokens: [T, D] -> [R, D]."""
         assert self.dispatch_BNES is not None
         b, n, _, _ = self.dispatch_BNES.shape
-        x_BND = x_TD.view(b, n, -1)
+        x_BND = x_TD.view(b, n, x_TD.shape[1])
         slot_EBSD = torch.einsum("bnes,bnd->ebsd", self.dispatch_BNES.to(x_TD.dtype), x_BND)
         return slot_EBSD.reshape(-1, x_TD.shape[1])
 
@@ -44,9 +44,9 @@ class SoftAssignment(Assignment):
         """The tokens' mixtures of slots: [R, D] -> [T, D]."""
         assert self.combine_BNES is not None
         b, _, e, s = self.combine_BNES.shape
-        out_EBSD = out_RD.view(e, b, s, -1)
+        out_EBSD = out_RD.view(e, b, s, out_RD.shape[1])
         y_BND = torch.einsum("bnes,ebsd->bnd", self.combine_BNES.to(out_RD.dtype), out_EBSD)
-        return y_BND.reshape(self.num_tokens, -1)
+        return y_BND.reshape(self.num_tokens, out_RD.shape[1])
 
 
 class SoftMoE(Router):

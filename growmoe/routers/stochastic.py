@@ -126,6 +126,8 @@ class ExpertDropout(Gate):
         if not self.training or not self.p:
             return logits_TE
         hidden_TE = torch.rand_like(logits_TE) < self.p
+        # a token from which all are hidden sees all
+        hidden_TE &= ~(hidden_TE | (admission_E == 0)).all(-1, keepdim=True)
         return torch.where(hidden_TE, logits_TE - 1e4, logits_TE)
 
     def extra_repr(self) -> str:

@@ -60,7 +60,7 @@ class TopAny(Router):
             best_T1 = margin_TE.argmax(-1, keepdim=True)
             chosen_TE = (margin_TE > 0).scatter(1, best_T1, True)
             through_TE = torch.where(admission_E > 0, margin_TE, 0.0)
-            gate_TE = 1 + through_TE - through_TE.detach()
+            gate_TE = 1 + (through_TE - through_TE.detach())
             weight_TE = gate_TE / chosen_TE.sum(-1, keepdim=True)
             aux = None
             if self.training and self.diversity:

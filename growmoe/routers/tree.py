@@ -92,14 +92,14 @@ class Tree(Gate):
                 open_W = open_L.view(width, -1).amax(1)
                 x_wide_TD, keys_WD = wide(x_TD, keys)
                 branch_TW = x_wide_TD @ keys_WD.T + open_W.to(x_wide_TD).log()
-                branch_TNB = branch_TW.view(len(x_TD), -1, b)
+                branch_TNB = branch_TW.view(len(x_TD), width // b, b)
                 if self.keep is not None and self.keep < b:
                     kept = branch_TNB.topk(self.keep, dim=-1).indices
                     inside = torch.zeros_like(branch_TNB, dtype=torch.bool).scatter(2, kept, True)
                     branch_TNB = branch_TNB.masked_fill(~inside, -torch.inf)
-                # a node below which there is nobody has no finite branch
-                total = branch_TNB.logsumexp(-1, keepdim=True)
-                log_TNB = branch_TNB - torch.where(total.isfinite(), total, 0.0)
+                # a node below which there is nobody has no finite branch, and no gradient
+                nobody_TN1 = ~branch_TNB.isfinite().any(-1, keepdim=True)
+                log_TNB = branch_TNB.masked_fill(nobody_TN1, 0.0).log_softmax(-1)
                 log_TW = log_TNB.view(len(x_TD), width).to(log_probs_TE.dtype)
                 log_probs_TE = log_probs_TE + log_TW[:, leaf_E // (self.leaves // width)]
         return torch.where(admission_E > 0, log_probs_TE, -torch.inf)
