@@ -1,4 +1,4 @@
-"""The command line: `growmoe bench`, `growmoe streams`, `growmoe methods`."""
+"""The command line: `growmoe bench`, `streams`, `methods` and `train-lm`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import importlib.metadata
 import importlib.util
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,18 +17,14 @@ require("rich")
 
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rich.progress import (  # noqa: E402
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
+from growmoe.console import progress_bar  # noqa: E402
 from growmoe.continual.bench import BenchError, run_bench  # noqa: E402
 from growmoe.continual.methods import METHODS, Method  # noqa: E402
 from growmoe.continual.streams import STREAMS, DataError, nearest  # noqa: E402
 from growmoe.continual.table import print_table  # noqa: E402
+from growmoe.lm import TrainError  # noqa: E402
+from growmoe.lm.command import train_lm  # noqa: E402
 
 app = typer.Typer(
     help="Grow mixtures of experts, and measure what they remember.",
@@ -85,7 +80,7 @@ def bench(
         require("avalanche")
     output = output or Path("runs") / stream
     errors = Console(stderr=True)
-    with _progress(errors) as (progress, say):
+    with progress_bar(errors) as (progress, say):
         outcome = run_bench(
             stream,
             chosen,
@@ -115,26 +110,11 @@ def _choose(names: str) -> Mapping[str, Method]:
     return {name: METHODS[name] for name in wanted}
 
 
-@contextmanager
-def _progress(
-    console: Console,
-) -> Iterator[tuple[Callable[[float, str], None], Callable[[str], None]]]:
-    """A bar on a terminal; where the output is piped, one line for each finished cell."""
-    if not console.is_terminal:
-        yield lambda fraction, text: None, lambda text: print(text, file=sys.stderr, flush=True)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("loading", total=1.0)
-        yield (
-            lambda fraction, text: bar.update(task, completed=fraction, description=text),
-            lambda text: bar.console.print(text, highlight=False, markup=False),
-        )
+app.command(
+    "train-lm",
+    epilog="The same command goes on where it was stopped, exactly. Bits per byte are the mean of "
+    "-log2 p over the bytes of windows of --sequence-length.",
+)(train_lm)
 
 
 @app.command("streams")
@@ -162,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("growmoe: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    except (UserError, BenchError, DataError, ImportError) as error:
+    except (UserError, BenchError, DataError, TrainError, ImportError) as error:
         _fail(str(error))
     except BrokenPipeError:
         sys.exit(1)

@@ -161,3 +161,99 @@ def test_real_methods_run_from_the_command_line(tmp_path):
     methods = json.loads((tmp_path / "results.json").read_text())["methods"]
     assert methods["naive"]["final_accuracy"]["mean"] < 0.3
     assert methods["ridge"]["final_accuracy"]["mean"] > 0.9
+
+
+_TINY_LM = (
+    "train-lm --steps 6 --d-model 16 --layers 1 --heads 2 --hidden 16 --experts 3 --batch-size 4 "
+    "--sequence-length 16 --windows 4 --evaluate-every 3 --sample-length 8 --device cpu"
+)
+TINY_LM = _TINY_LM.split()
+
+
+@pytest.fixture
+def poems(tmp_path):
+    path = tmp_path / "poems.txt"
+    path.write_text("".join(f"line {i} of a poem\n" for i in range(500)))
+    return path
+
+
+def test_train_lm_prints_the_table_and_goes_on_with_the_same_command(run, poems, tmp_path):
+    command = [*TINY_LM, "--text", poems, "--output", tmp_path / "run"]
+    code, out, err = run(*command)
+    assert code == 0
+    assert "poems" in out and "bits per byte" in out and "results.json" in out
+    assert max(map(len, out.split("written:")[0].splitlines())) <= 80
+    assert "step 3/6: poems" in err and "step 6/6: poems" in err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results["domains"]) == ["poems"] and results["steps"] == 6
+    code, again, err = run(*command)
+    assert code == 0 and again == out and err == "finished before: nothing was trained\n"
+
+
+def test_train_lm_grows_on_embedded_text(run, tmp_path):
+    command = [*TINY_LM, "--domains", "english,python", "--bytes-per-domain", 20_000, "--grow"]
+    command += ["--rules", "PruneIdle,SpawnOnNovelty", "--output", tmp_path / "run"]
+    code, out, _ = run(*command)
+    assert code == 0 and "english" in out and "python" in out and "cpp" not in out
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert config["grow"] and config["rules"] == ["PruneIdle", "SpawnOnNovelty"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--domains", "pyton"], "did you mean python"),
+        (["--router", "topq"], "did you mean topk"),
+        (["--k", "4"], "TopK"),
+        (["--heads", "3"], "heads"),
+        (["--steps", "0"], "steps must be an integer >= 1"),
+        (["--steps", "many"], "--steps"),
+        (["--curriculum", "shuffled"], "one of mixed, phases"),
+        (["--weights", "1,x"], "weights must be numbers"),
+        (["--weights", "1,2"], "for each of 1 domains"),
+        (["--text", "nowhere"], "no text at nowhere"),
+        (["--rules", "PruneIdle"], "rules are given"),
+        (["--sequence-length", "100000"], "sequence_length=100000"),
+        (["--strange"], "--strange"),
+    ],
+)
+def test_a_mistake_in_train_lm_is_one_line_and_exit_code_2(
+    run, poems, tmp_path, arguments, message
+):
+    command = [*TINY_LM, "--text", poems, "--output", tmp_path / "run", *arguments]
+    code, out, err = run(*command)
+    assert code == 2 and message in err and out == ""
+    assert len(err.splitlines()) == 1 and err.startswith("growmoe: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_configuration_of_train_lm_is_refused_with_what_differs(run, poems, tmp_path):
+    command = [*TINY_LM, "--text", poems, "--output", tmp_path / "run"]
+    run(*command)
+    code, _, err = run(*command, "--lr", "0.1")
+    assert code == 2 and "lr was 0.003, is 0.1" in err and len(err.splitlines()) == 1
+
+
+def test_help_of_train_lm_fits_80_columns(run):
+    code, out, _ = run("train-lm", "--help")
+    assert code == 0 and "--sequence-length" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.slow
+def test_train_lm_stopped_by_a_signal_goes_on(poems, tmp_path):
+    command = [sys.executable, "-m", "growmoe", *TINY_LM, "--text", str(poems)]
+    command += ["--steps", "100000", "--output", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert "step 0/100000" in process.stderr.readline()
+    assert "step 3/100000" in process.stderr.readline()
+    process.terminate()
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130 and "the same command goes on from here" in err
+    assert "Traceback" not in err
+    again = subprocess.run(
+        [*command, "--time-limit", "0.1"], capture_output=True, text=True, timeout=300
+    )
+    assert again.returncode == 0 and "goes on after step" in again.stderr
+    assert "the same command goes on from here" in again.stdout
