@@ -31,7 +31,7 @@ def offload(
 ) -> Offloaded:
     """Keep only the hot experts of each MoE layer on the device, for inference.
 
-        with growmoe.offload(model.eval(), cache=8, directory="experts/") as offloaded:
+        with growmoe.offload.offload(model.eval(), cache=8, directory="experts") as offloaded:
             with torch.no_grad():
                 y = model(x)
         print(offloaded.hit_rate)
