@@ -98,6 +98,22 @@ CASES = {
     "stochastic": Case(lambda: Stochastic(2), draws=NOISE),
     "stochastic uniform": Case(lambda: Stochastic(2, "uniform", "sample"), draws=(True, True)),
 }
+# one of each kind of state and of choice, for the quick tests; the others are run as slow ones
+KINDS = (
+    "topk softmax",
+    "noisy topk",
+    "expert choice",
+    "sinkhorn",
+    "hash",
+    "dense tree",
+    "topk conditioned",
+    "bias balanced groups",
+    "remoe",
+    "dense to sparse",
+    "soft",
+    "multi gate k",
+    "stochastic uniform",
+)
 EVERY = {
     name: getattr(routers, name)
     for name in routers.__all__

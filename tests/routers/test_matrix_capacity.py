@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from reference import compare, reference
-from router_cases import CASES, build, but_slow, call, inputs, tasks_of
+from router_cases import CASES, KINDS, build, but_slow, call, inputs, tasks_of
 
 from growmoe import Capacity
 
@@ -22,7 +22,7 @@ POLICIES = {
     "eval": lambda: Capacity(0.5, eval_factor=0.7, reroute=True),
 }
 
-every_capped = pytest.mark.parametrize("name", CAPPED)
+every_capped = pytest.mark.parametrize("name", but_slow(CAPPED, *KINDS))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in CAPPED])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from router_cases import CASES, adamw, build, but_slow, call, inputs, train
+from router_cases import CASES, KINDS, adamw, build, but_slow, call, inputs, train
 from snapshots import copied, differences, of_everything, of_experts
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import growmoe
 from growmoe import MoE, aux_loss, surgery
 
-every_way = pytest.mark.parametrize("name", CASES)
+every_way = pytest.mark.parametrize("name", but_slow(CASES, *KINDS))
 
 
 @torch.no_grad()
