@@ -3,7 +3,7 @@
 Start reading at `growmoe.moe`.
 """
 
-from growmoe import losses, models, routers, rules, surgery
+from growmoe import losses, models, offload, routers, rules, surgery
 from growmoe.assignment import Assignment
 from growmoe.capacity import Capacity
 from growmoe.checkpoint import load, save
@@ -40,6 +40,7 @@ __all__ = [
     "losses",
     "models",
     "moe_layers",
+    "offload",
     "routers",
     "rules",
     "save",
