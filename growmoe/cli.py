@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from rich.console import Console  # noqa: E402
 from growmoe.console import progress_bar  # noqa: E402
 from growmoe.continual.bench import BenchError, run_bench  # noqa: E402
 from growmoe.continual.methods import METHODS, Method  # noqa: E402
-from growmoe.continual.streams import STREAMS, DataError, nearest  # noqa: E402
+from growmoe.continual.streams import STREAMS, DataError, Options, full_name, nearest  # noqa: E402
 from growmoe.continual.table import print_table  # noqa: E402
 from growmoe.lm import TrainError  # noqa: E402
 from growmoe.lm.command import train_lm  # noqa: E402
@@ -71,14 +72,23 @@ def bench(
     data_dir: Annotated[
         Path | None, typer.Option(help="Where the data lies, as torchvision lays it out.")
     ] = None,
+    scenario: Annotated[str | None, typer.Option(help="class, domain or task.")] = None,
+    drift: Annotated[str | None, typer.Option(help="sharp, fuzzy, recurring or none.")] = None,
+    experiences: Annotated[int | None, typer.Option(help="How many domains.")] = None,
+    examples: Annotated[int | None, typer.Option(help="Train examples of each domain.")] = None,
+    tests: Annotated[int | None, typer.Option(help="Test examples of each domain.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Cells at a time, on Ray if above 1.")] = 1,
 ) -> None:
     """Run methods on a stream with several seeds, and compare them."""
-    if stream not in STREAMS:
-        raise UserError(f"no stream {stream!r}{nearest(stream, STREAMS)}")
+    options = Options(scenario, drift, experiences, examples, tests)
+    try:
+        stream = full_name(stream, options)
+    except (KeyError, ValueError) as error:
+        raise UserError(error.args[0]) from error
     chosen = _choose(methods)
     if importlib.util.find_spec("avalanche") is None:
         require("avalanche")
-    output = output or Path("runs") / stream
+    output = output or Path("runs") / re.sub("[:,=]", "-", stream)
     errors = Console(stderr=True)
     with progress_bar(errors) as (progress, say):
         outcome = run_bench(
@@ -90,6 +100,7 @@ def bench(
             command=shlex.join(["growmoe", *sys.argv[1:]]),
             progress=progress,
             say=say,
+            workers=workers,
         )
     print_table(outcome.results, Console())
     print("\nwritten:")

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 
 from growmoe.continual import metrics, store, streams, table
 from growmoe.continual.methods import Method
+from growmoe.continual.parallel import run_parallel
 from growmoe.continual.streams import Stream
 
 LoadStream = Callable[[str, int, "str | Path | None"], Stream]
@@ -58,6 +60,7 @@ def run_bench(
     progress: Callable[[float, str], None] = lambda fraction, text: None,
     say: Callable[[str], None] = lambda text: None,
     load: LoadStream = streams.load,
+    workers: int = 1,
 ) -> Outcome:
     """Run every method with every seed, skipping the cells that `output` already has.
 
@@ -75,6 +78,7 @@ def run_bench(
         progress: told the fraction done and what is being done.
         say: told, in one line, of each finished, failed, broken or reused cell.
         load: gives the stream of a name, a seed and a data directory.
+        workers: how many cells run at a time, each in a process of its own; above 1 needs Ray.
 
     Raises:
         BenchError: `output` belongs to another bench, or cannot be written.
@@ -82,6 +86,8 @@ def run_bench(
         KeyError: no stream has this name.
     """
     output = Path(output)
+    if workers < 1:
+        raise BenchError(f"there must be at least one worker, got {workers}")
     if not seeds or not methods:
         raise BenchError("there must be at least one method and one seed")
     first = load(stream, seeds[0], data_dir)
@@ -103,51 +109,110 @@ def run_bench(
 
     todo = [(seed, name) for seed in seeds for name in methods if (name, seed) not in done]
     failures: list[str] = []
-    current = first
-    for position, (seed, name) in enumerate(todo):
-        if current.seed != seed:
-            current = load(stream, seed, data_dir)
+
+    def keep(position: int, result: dict[str, Any] | _Failure) -> None:
+        """Write a finished cell, or the traceback of one that failed, at once."""
+        seed, name = todo[position]
         label = f"{name} seed {seed}"
-
-        def tell(fraction: float, text: str, position: int = position, label: str = label) -> None:
-            progress((position + fraction) / len(todo), f"{label}: {text}")
-
-        progress(position / len(todo), label)
-        try:
-            with _cell_conditions(seed):
-                begin = time.perf_counter()
-                cell = methods[name].run(current, seed, tell)
-                wall_seconds = time.perf_counter() - begin
-            record = store.cell_record(
-                cell,
-                stream=stream,
-                data=data,
-                method=name,
-                seed=seed,
-                settings=dict(methods[name].settings),
-                class_order=list(current.class_order),
-                test_counts=current.test_counts,
-                wall_seconds=wall_seconds,
-                versions=versions(),
-                hardware=hardware(),
-            )
-        except Exception as error:
-            lines = str(error).splitlines() or [""]
-            failures.append(f"{label} failed: {type(error).__name__}: {lines[0]}")
+        trace = output / "errors" / f"{name}-seed{seed}.txt"
+        if isinstance(result, _Failure):
+            failures.append(f"{label} failed: {result.message}")
             say(failures[-1])
-            trace = output / "errors" / f"{name}-seed{seed}.txt"
-            store.write_atomically(trace, traceback.format_exc())
-            continue
+            store.write_atomically(trace, result.trace)
+            return
         path = store.cell_path(output, name, seed)
-        store.write_atomically(path, json.dumps(record, indent=1))
-        (output / "errors" / f"{name}-seed{seed}.txt").unlink(missing_ok=True)
-        accuracy = metrics.final_accuracy(cell.accuracy_matrix, current.test_counts)
-        say(f"{label}: final accuracy {accuracy:.1%}, {cell.seconds:.1f} s of training")
+        store.write_atomically(path, json.dumps(result, indent=1))
+        trace.unlink(missing_ok=True)
+        accuracy = metrics.final_accuracy(result["accuracy_matrix"], result["test_counts"])
+        say(f"{label}: final accuracy {accuracy:.1%}, {result['seconds']:.1f} s of training")
+
+    if workers > 1 and len(todo) > 1:
+        tasks = [
+            partial(_run_alone, load, stream, data_dir, methods[name], name, seed, data)
+            for seed, name in todo
+        ]
+        for count, (position, result) in enumerate(run_parallel(tasks, workers), 1):
+            if isinstance(result, Exception):
+                result = _Failure.of(result)
+            keep(position, result)
+            progress(count / len(todo), f"{count} of {len(todo)} cells")
+    else:
+        current = first
+        for position, (seed, name) in enumerate(todo):
+            if current.seed != seed:
+                current = load(stream, seed, data_dir)
+
+            def tell(fraction: float, text: str, position: int = position) -> None:
+                seed, name = todo[position]
+                progress((position + fraction) / len(todo), f"{name} seed {seed}: {text}")
+
+            progress(position / len(todo), f"{name} seed {seed}")
+            keep(position, _run_cell(current, stream, methods[name], name, seed, data, tell))
     progress(1.0, "done")
 
     records, _ = store.read_cells(output)
     results = summarize(records, order=list(methods), command=command)
     return Outcome(results, write_results(output, results, records), failures)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a cell failed: in one line, and in full."""
+
+    message: str
+    trace: str
+
+    @classmethod
+    def of(cls, error: Exception) -> _Failure:
+        lines = str(error).splitlines() or [""]
+        trace = "".join(traceback.format_exception(error))
+        return cls(f"{type(error).__name__}: {lines[0]}", trace)
+
+
+def _run_cell(
+    stream: Stream,
+    stream_name: str,
+    method: Method,
+    name: str,
+    seed: int,
+    data: str,
+    tell: Callable[[float, str], None],
+) -> dict[str, Any] | _Failure:
+    """One cell as JSON, or why it failed."""
+    try:
+        with _cell_conditions(seed):
+            begin = time.perf_counter()
+            cell = method.run(stream, seed, tell)
+            wall_seconds = time.perf_counter() - begin
+        return store.cell_record(
+            cell,
+            stream=stream_name,
+            data=data,
+            method=name,
+            seed=seed,
+            settings=dict(method.settings),
+            class_order=list(stream.class_order),
+            test_counts=stream.test_counts,
+            wall_seconds=wall_seconds,
+            versions=versions(),
+            hardware=hardware(),
+        )
+    except Exception as error:
+        return _Failure.of(error)
+
+
+def _run_alone(
+    load: LoadStream,
+    stream: str,
+    data_dir: str | Path | None,
+    method: Method,
+    name: str,
+    seed: int,
+    data: str,
+) -> dict[str, Any] | _Failure:
+    """A cell in a process of its own, which loads the stream by itself."""
+    loaded = load(stream, seed, data_dir)
+    return _run_cell(loaded, stream, method, name, seed, data, lambda fraction, text: None)
 
 
 def _refuse_other(
@@ -228,6 +293,16 @@ def _mean_ci95(values: Sequence[float]) -> dict[str, float | None]:
     }
 
 
+# (the field of a cell that may be missing, its name in the summary): the number it comes to
+_OPTIONAL: dict[tuple[str, str], Callable[[Any], float]] = {
+    ("prediction_flops", "prediction_flops"): float,
+    ("anytime", "anytime_accuracy"): metrics.curve_mean,
+    ("prequential", "prequential_accuracy"): metrics.curve_mean,
+    ("memory_history", "peak_memory_bytes"): lambda curve: max(size for _, size in curve),
+    ("routing", "specialisation"): metrics.mutual_information,
+}
+
+
 def summarize(
     records: Sequence[dict[str, Any]], order: Sequence[str] = (), command: str = ""
 ) -> dict[str, Any]:
@@ -271,8 +346,50 @@ def summarize(
             )
         for quantity in ("parameters", "memory_bytes", "seconds"):
             entry[quantity] = _mean_ci95([cell[quantity] for cell in cells])
+        for (field_name, quantity), value in _OPTIONAL.items():
+            # cells of an earlier version have no such field
+            if all(cell.get(field_name) is not None for cell in cells):
+                entry[quantity] = _mean_ci95([value(cell[field_name]) for cell in cells])
         summary["methods"][name] = entry
+    summary["comparison"] = compare(summary["methods"])
     return summary
+
+
+def compare(methods: Mapping[str, Any], own: str = "growmoe") -> dict[str, Any] | None:
+    """Paired tests of our method against each other, and which of them is the best rival.
+
+    For each rival, over the seeds that both have: the mean difference in final accuracy, the
+    two-sided p of Student's paired t-test, and of Wilcoxon's signed-rank test, which assumes no
+    normal distribution but cannot go below 0.06 with five seeds. None where a test says nothing
+    (fewer than two seeds, no difference at all).
+
+    Args:
+        methods: as in results.json.
+        own: the method that is compared; None comes back if it is not among them.
+    """
+    if own not in methods:
+        return None
+
+    def finals(entry: Mapping[str, Any]) -> dict[int, float]:
+        return {
+            cell["seed"]: metrics.final_accuracy(cell["accuracy_matrix"], cell["test_counts"])
+            for cell in entry["seeds"]
+        }
+
+    ours = finals(methods[own])
+    rivals: dict[str, dict[str, Any]] = {}
+    for name, entry in methods.items():
+        if name == own:
+            continue
+        theirs = finals(entry)
+        shared = sorted(ours.keys() & theirs.keys())
+        if shared:
+            pairs = [(ours[seed], theirs[seed]) for seed in shared]
+            rivals[name] = metrics.paired_test(*zip(*pairs, strict=True))
+    # joint training sees everything at once: a bound, no rival
+    allowed = {name: test for name, test in rivals.items() if name != "joint"}
+    best = min(allowed, key=lambda name: allowed[name]["difference"], default=None)
+    return {"method": own, "best_rival": best, "rivals": rivals}
 
 
 def write_results(
@@ -281,9 +398,12 @@ def write_results(
     """Write results.json, table.md, the lineages and the plots; gives their paths."""
     from growmoe.report import plots
 
-    paths = [output / "results.json", output / "table.md"]
+    paths = [output / name for name in ("results.json", "table.md", "table.tex", "table.csv")]
     store.write_atomically(paths[0], json.dumps(results, indent=1))
-    store.write_atomically(paths[1], table.markdown_table(results))
+    for path, write in zip(
+        paths[1:], (table.markdown_table, table.latex_table, table.csv_table), strict=True
+    ):
+        store.write_atomically(path, write(results))
     if not records:
         return paths
     pictures = output / "plots"

@@ -42,6 +42,13 @@ class Cell:
         untrained_accuracy: accuracy on each experience before any training, or None.
         lineage: what was born, merged, frozen and removed, for a method that grows.
         load_history: [{"step": int, "load": {expert id: share of the inputs}}], likewise.
+        prediction_flops: floating-point operations of one prediction, at the end.
+        anytime: [[examples seen, accuracy on all tests], …], as the stream goes on.
+        prequential: [[examples seen, accuracy on the batch before it was learned], …].
+        memory_history: [[examples seen, bytes kept], …].
+        parameter_history: [[examples seen, parameters], …].
+        detections: the examples seen whenever a new domain was noticed.
+        routing: counts of test examples, a row for each expert, a column for each domain.
         extras: anything else worth keeping, as JSON.
     """
 
@@ -52,6 +59,13 @@ class Cell:
     untrained_accuracy: list[float] | None = None
     lineage: list[dict[str, Any]] | None = None
     load_history: list[dict[str, Any]] | None = None
+    prediction_flops: float | None = None
+    anytime: list[list[float]] | None = None
+    prequential: list[list[float]] | None = None
+    memory_history: list[list[float]] | None = None
+    parameter_history: list[list[float]] | None = None
+    detections: list[float] | None = None
+    routing: list[list[float]] | None = None
     extras: dict[str, Any] = field(default_factory=dict)
 
     @property

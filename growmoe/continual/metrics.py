@@ -7,11 +7,13 @@ Definitions of the same name differ between papers; each function names the one 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 from scipy.special import stdtrit
 
 
@@ -148,3 +150,99 @@ def mean_ci95(values: Sequence[float]) -> tuple[float, float]:
         return float(array[0]), math.nan
     half = float(stdtrit(array.size - 1, 0.975)) * array.std(ddof=1) / math.sqrt(array.size)
     return float(array.mean()), float(half)
+
+
+def paired_test(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float | int | None]:
+    """Whether two methods differ over the same seeds.
+
+    Returns:
+        `seeds`, `difference` (mean of ours minus theirs), `t_p` (Student's paired t-test) and
+        `wilcoxon_p` (signed-rank test), both two-sided; None where a test says nothing.
+
+    >>> test = paired_test([0.9, 0.91, 0.92], [0.8, 0.82, 0.83])
+    >>> f"{test['difference']:.3f} {test['t_p']:.4f}"
+    '0.093 0.0013'
+    """
+    a, b = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+    if a.shape != b.shape or a.ndim != 1 or not a.size:
+        raise ValueError(f"both must have a value for each seed, got {a.shape} and {b.shape}")
+    difference = a - b
+    t_p = wilcoxon_p = None
+    if a.size > 1 and difference.std() > 1e-12:
+        t_p = float(stats.ttest_rel(a, b).pvalue)
+    if a.size > 1 and np.abs(difference).max() > 1e-12:
+        wilcoxon_p = float(stats.wilcoxon(difference).pvalue)
+    return {
+        "seeds": int(a.size),
+        "difference": float(difference.mean()),
+        "t_p": t_p,
+        "wilcoxon_p": wilcoxon_p,
+    }
+
+
+def curve_mean(curve: Sequence[Sequence[float]]) -> float:
+    """Mean over time of a curve [[examples seen, value], …], each value since the point before.
+
+    Of accuracies on all tests at equal distances this is the any-time accuracy (Caccia et al. 2022,
+    arXiv:2203.13307: area under the curve); of accuracies on each batch before it is learned, the
+    prequential accuracy (Gama et al. 2013, Machine Learning 90:317).
+    """
+    points = np.asarray(curve, dtype=np.float64)
+    if points.ndim != 2 or points.shape[1:] != (2,) or not len(points):
+        raise ValueError(f"curve must be [[examples seen, value], ...], got shape {points.shape}")
+    widths = np.diff(points[:, 0], prepend=0.0)
+    if (widths <= 0).any():
+        raise ValueError("the examples seen must be above 0 and rise along the curve")
+    return float((widths * points[:, 1]).sum() / widths.sum())
+
+
+def mutual_information(counts: ArrayLike) -> float:
+    """How much the expert says of the class or domain, from 0 to 1.
+
+    I(expert; class) / H(class), in the counts of examples by [expert, class]: 0 if every expert
+    gets the same mix, 1 if the expert tells the class. NaN for a single class.
+    """
+    n_EC = np.asarray(counts, dtype=np.float64)
+    if n_EC.ndim != 2 or (n_EC < 0).any() or not n_EC.sum():
+        raise ValueError("counts must be [experts, classes] and not all 0")
+    p_EC = n_EC / n_EC.sum()
+    p_E, p_C = p_EC.sum(1, keepdims=True), p_EC.sum(0, keepdims=True)
+    some = p_EC > 0
+    information = (p_EC[some] * np.log(p_EC[some] / (p_E * p_C)[some])).sum()
+    entropy = -(p_C[p_C > 0] * np.log(p_C[p_C > 0])).sum()
+    return float(information / entropy) if entropy > 1e-12 else math.nan
+
+
+def drift_detection(
+    detections: Sequence[float], drifts: Sequence[float], length: float
+) -> dict[str, float | int | None]:
+    """How well drifts were found: delays, misses and false alarms.
+
+    The first detection at or after a drift and before the next one finds it; all others are false
+    alarms (Bifet et al. 2013, SDM, "CD-MOA").
+
+    Args:
+        detections: when something was detected, in examples seen.
+        drifts: when the stream drifted, rising, likewise.
+        length: of the stream, likewise.
+
+    Returns:
+        `found`, `missed`, `false_alarms`, `false_alarms_per_1000` examples, and `delay`, the mean
+        over the found ones (None if there is none).
+    """
+    edges = [*drifts, length + 1]
+    if any(a >= b for a, b in itertools.pairwise(edges)):
+        raise ValueError("drifts must rise and lie within the stream")
+    delays = []
+    for begin, end in itertools.pairwise(edges):
+        hits = [t for t in detections if begin <= t < end]
+        if hits:
+            delays.append(min(hits) - begin)
+    false = len(detections) - len(delays)
+    return {
+        "found": len(delays),
+        "missed": len(drifts) - len(delays),
+        "false_alarms": false,
+        "false_alarms_per_1000": 1000 * false / length,
+        "delay": float(np.mean(delays)) if delays else None,
+    }

@@ -310,7 +310,8 @@ def _recurring(
 ) -> tuple[list[int], list[np.ndarray]]:
     """Rounds of all domains, the first in order, the others drawn; no domain twice in a row."""
     parts = [np.array_split(part, visits) for part in train]
-    order, pieces = [], []
+    order: list[int] = []
+    pieces: list[np.ndarray] = []
     for visit in range(visits):
         turn = list(range(len(train)))
         if visit:

@@ -118,12 +118,12 @@ _IMAGES: dict[str, tuple[Read, int, str]] = {
 STREAMS: dict[str, StreamSource] = {
     **{f"split-{name}": _split(*how) for name, how in _IMAGES.items()},
     **{
-        f"permuted-{name}": _changing(permuted, read, 10, f"pixels in ten orders: {text}")
-        for name, (read, _, text) in _IMAGES.items()
+        f"permuted-{name}": _changing(permuted, read, 10, f"pixels in other orders, of {name}")
+        for name, (read, _, _) in _IMAGES.items()
     },
     **{
-        f"rotated-{name}": _changing(rotated, read, 10, f"turned by ten angles: {text}")
-        for name, (read, _, text) in _IMAGES.items()
+        f"rotated-{name}": _changing(rotated, read, 10, f"turned by other angles, of {name}")
+        for name, (read, _, _) in _IMAGES.items()
     },
 }
 

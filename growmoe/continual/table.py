@@ -1,7 +1,9 @@
-"""The table of a bench: for the terminal and, as Markdown, for a file."""
+"""The table of a bench: for the terminal, and for files as Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,7 +81,54 @@ def markdown_table(results: Mapping[str, Any]) -> str:
 
     lines = [line(rows[0]), line(rule), *(line(row) for row in rows[1:])]
     title = f"# {results['stream']}"
-    return "\n".join([title, "", *lines, "", _note(results), ""])
+    notes = [_note(results)]
+    if compared := comparison_note(results):
+        notes += ["", compared]
+    return "\n".join([title, "", *lines, "", *notes, ""])
+
+
+def comparison_note(results: Mapping[str, Any]) -> str:
+    """How our method stands against the best rival, in a sentence; empty where there is none."""
+    comparison = results.get("comparison")
+    if not comparison or comparison["best_rival"] is None:
+        return ""
+    name = comparison["best_rival"]
+    test = comparison["rivals"][name]
+    p = "" if test["t_p"] is None else f", paired t-test p = {test['t_p']:.2g}"
+    return (
+        f"{comparison['method']} against {name}, the best rival: "
+        f"{100 * test['difference']:+.1f} points over {test['seeds']} seeds{p}."
+    )
+
+
+_LATEX = str.maketrans({c: f"\\{c}" for c in "_%&#$"})
+
+
+def latex_table(results: Mapping[str, Any]) -> str:
+    """The table of `results` as a LaTeX tabular that needs booktabs; the best are not marked."""
+
+    def line(row: list[str]) -> str:
+        cells = [c.translate(_LATEX).replace("±", r"$\pm$").replace("–", "--") for c in row]
+        return " & ".join(cells) + r" \\"
+
+    head, rows = line(list(_COLUMNS)), [line(row) for row in _rows(results)]
+    columns = "l" + "r" * (len(_COLUMNS) - 1)
+    begin = [f"% {results['stream']}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+    end = [r"\bottomrule", r"\end{tabular}", ""]
+    return "\n".join([*begin, head, r"\midrule", *rows, *end])
+
+
+def csv_table(results: Mapping[str, Any]) -> str:
+    """All numbers of `results`: a line for each method and quantity, unrounded."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["stream", "method", "seeds", "quantity", "mean", "ci95"])
+    for name, entry in results["methods"].items():
+        for quantity, value in entry.items():
+            if isinstance(value, dict) and value.keys() == {"mean", "ci95"}:
+                numbers = ["" if value[key] is None else value[key] for key in ("mean", "ci95")]
+                writer.writerow([results["stream"], name, len(entry["seeds"]), quantity, *numbers])
+    return file.getvalue()
 
 
 def print_table(results: Mapping[str, Any], console: Any = None) -> None:
@@ -105,3 +154,5 @@ def print_table(results: Mapping[str, Any], console: Any = None) -> None:
         drawn.add_row(*(row[i].replace(" ± ", "±") for i in shown))
     console.print(drawn)
     console.print(_note(results), style="dim", highlight=False)
+    if compared := comparison_note(results):
+        console.print(compared, highlight=False)

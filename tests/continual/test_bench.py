@@ -275,3 +275,52 @@ def test_seconds_of_sleep_do_not_count_as_training(tmp_path):
 
     cell = bench(tmp_path, seeds=(0,), one=method).results["methods"]["one"]["seeds"][0]
     assert cell["seconds"] == 1.5 and cell["wall_seconds"] >= 0.01
+
+
+def test_the_best_rival_is_named_with_a_paired_test_and_joint_is_none(tmp_path):
+    results = bench(tmp_path, growmoe=Recorded(), joint=Recorded(), naive=Recorded()).results
+    comparison = results["comparison"]
+    assert comparison["best_rival"] == "naive"
+    assert comparison["rivals"]["naive"] == {
+        "seeds": 2, "difference": 0.0, "t_p": None, "wilcoxon_p": None,
+    }  # fmt: skip
+    assert "growmoe against naive, the best rival: +0.0 points" in markdown_table(results)
+
+
+def test_latex_and_csv_say_what_the_markdown_says(tmp_path):
+    bench(tmp_path, one=Recorded())
+    latex = (tmp_path / "out" / "table.tex").read_text()
+    markdown = (tmp_path / "out" / "table.md").read_text()
+    assert r"\begin{tabular}{lrrrrrrrr}" in latex
+    final = next(line for line in markdown.splitlines() if line.startswith("| one")).split("|")[3]
+    assert final.strip().replace("±", r"$\pm$") in latex
+    assert latex.count(r"\\") == 2
+    lines = (tmp_path / "out" / "table.csv").read_text().splitlines()
+    quantities = {line.split(",")[3]: line.split(",")[4] for line in lines[1:]}
+    assert float(quantities["final_accuracy"]) == pytest.approx(0.6525)
+    assert float(quantities["memory_bytes"]) == 1_000_040
+
+
+def test_several_workers_without_ray_name_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    method = {"one": Method("one", Recorded(), {})}
+    with pytest.raises(ImportError, match=r"growmoe\[distributed\]"):
+        run_bench("tiny", method, [0, 1], tmp_path / "out", load=load, workers=2)
+
+
+@pytest.mark.slow
+def test_workers_give_the_cells_that_one_process_gives_and_a_failure_is_its_own(tmp_path):
+    ray = pytest.importorskip("ray")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    methods = {
+        "good": Method("good", Recorded(), {}),
+        "bad": Method("bad", Recorded(fail={1: ValueError("broke")}), {}),
+    }
+    many = run_bench("tiny", methods, [0, 1], tmp_path / "many", load=load, workers=2)
+    one = run_bench("tiny", methods, [0, 1], tmp_path / "one", load=load)
+    assert many.failures == one.failures == ["bad seed 1 failed: ValueError: broke"]
+    for name, entry in one.results["methods"].items():
+        others = many.results["methods"][name]["seeds"]
+        for cell, other in zip(entry["seeds"], others, strict=True):
+            assert cell["extras"] == other["extras"]
+            assert cell["accuracy_matrix"] == other["accuracy_matrix"]

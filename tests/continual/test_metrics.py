@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from growmoe.continual import metrics
 
@@ -106,3 +107,36 @@ def test_equal_counts_change_nothing(last_row, count):
     matrix = [last_row] * size
     weighted = metrics.average_incremental_accuracy(matrix, [count] * size)
     assert weighted == pytest.approx(metrics.average_incremental_accuracy(matrix))
+
+
+def test_paired_tests_equal_scipys_and_say_nothing_of_nothing():
+    a, b = [0.90, 0.92, 0.91, 0.95], [0.88, 0.91, 0.92, 0.90]
+    test = metrics.paired_test(a, b)
+    assert test["t_p"] == pytest.approx(stats.ttest_rel(a, b).pvalue)
+    assert test["wilcoxon_p"] == pytest.approx(stats.wilcoxon(a, b).pvalue)
+    same = metrics.paired_test(a, a)
+    assert same["difference"] == 0 and same["t_p"] is None and same["wilcoxon_p"] is None
+    assert metrics.paired_test([0.5], [0.4])["t_p"] is None
+
+
+def test_a_curve_weighs_each_value_by_what_came_since_the_last():
+    assert metrics.curve_mean([[10, 0.0], [40, 1.0]]) == pytest.approx(0.75)
+    with pytest.raises(ValueError, match="rise"):
+        metrics.curve_mean([[10, 0.5], [10, 0.5]])
+
+
+def test_experts_that_tell_the_class_have_all_its_information_and_mixed_ones_none():
+    assert metrics.mutual_information([[5, 0], [0, 7]]) == pytest.approx(1)
+    assert metrics.mutual_information([[5, 5], [3, 3]]) == pytest.approx(0)
+    # two experts, one of them a mixture: I = ln 2 - (3/4) H(1/3)
+    entropy = -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)
+    expected = (math.log(2) - 0.75 * entropy) / math.log(2)
+    assert metrics.mutual_information([[1, 2], [1, 0]]) == pytest.approx(expected)
+
+
+def test_each_drift_is_found_once_and_the_rest_are_false_alarms():
+    found = metrics.drift_detection([50, 110, 130, 320], [100, 200, 300], 400)
+    assert found == {
+        "found": 2, "missed": 1, "false_alarms": 2, "false_alarms_per_1000": 5.0, "delay": 15.0,
+    }  # fmt: skip
+    assert metrics.drift_detection([], [], 100)["false_alarms"] == 0
