@@ -27,6 +27,8 @@ _HOME = {
     "Domains": "scenarios",
     "arrange": "scenarios",
     "class_incremental": "scenarios",
+    "from_avalanche": "own_data",
+    "from_datasets": "own_data",
     "in_turn": "scenarios",
     "permuted": "scenarios",
     "rotated": "scenarios",

@@ -263,7 +263,8 @@ def arrange(
             test_labels=_named(domains.data.test_labels, domains.test_domain, domains.classes),
         )
         classes = domains.classes
-        class_order = tuple(c for group in domains.classes for c in group)
+        # each class once, where it first comes
+        class_order = tuple(dict.fromkeys(c for group in domains.classes for c in group))
     return Stream(
         name=name,
         seed=seed,
