@@ -20,9 +20,11 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from growmoe.console import progress_bar  # noqa: E402
-from growmoe.continual.bench import BenchError, run_bench  # noqa: E402
+from growmoe.continual.bench import BenchError, Outcome, run_bench  # noqa: E402
 from growmoe.continual.methods import METHODS, Method  # noqa: E402
+from growmoe.continual.store import write_atomically  # noqa: E402
 from growmoe.continual.streams import STREAMS, DataError, Options, full_name, nearest  # noqa: E402
+from growmoe.continual.suite import SUITES, judge, read_targets, targets_table  # noqa: E402
 from growmoe.continual.table import print_table  # noqa: E402
 from growmoe.lm import TrainError  # noqa: E402
 from growmoe.lm.command import train_lm  # noqa: E402
@@ -59,7 +61,9 @@ def _app(
     "stopped, and more methods or seeds can be added to the same folder."
 )
 def bench(
-    stream: Annotated[str, typer.Argument(metavar="STREAM", help="See `growmoe streams`.")],
+    stream: Annotated[
+        str, typer.Argument(metavar="STREAM", help="See `growmoe streams`; none for a suite.")
+    ] = "",
     methods: Annotated[
         str,
         typer.Option(help="See `growmoe methods`; with commas between.", show_default="all"),
@@ -77,24 +81,60 @@ def bench(
     experiences: Annotated[int | None, typer.Option(help="How many domains.")] = None,
     examples: Annotated[int | None, typer.Option(help="Train examples of each domain.")] = None,
     tests: Annotated[int | None, typer.Option(help="Test examples of each domain.")] = None,
+    suite: Annotated[str, typer.Option(help="paper: every table of the README.")] = "",
+    targets: Annotated[
+        Path, typer.Option(help="Published numbers that a suite is compared with.")
+    ] = Path("benchmarks/targets.toml"),
     workers: Annotated[int, typer.Option(min=1, help="Cells at a time, on Ray if above 1.")] = 1,
 ) -> None:
     """Run methods on a stream with several seeds, and compare them."""
     options = Options(scenario, drift, experiences, examples, tests)
+    if bool(stream) == bool(suite):
+        raise UserError("give a STREAM or a --suite, and not both")
+    if suite and suite not in SUITES:
+        raise UserError(f"no suite {suite!r}{nearest(suite, SUITES)}")
     try:
-        stream = full_name(stream, options)
+        names = [full_name(name, options) for name in SUITES.get(suite, (stream,))]
     except (KeyError, ValueError) as error:
         raise UserError(error.args[0]) from error
+    published = read_targets(targets) if suite else []
     chosen = _choose(methods)
     if importlib.util.find_spec("avalanche") is None:
         require("avalanche")
-    output = output or Path("runs") / re.sub("[:,=]", "-", stream)
-    errors = Console(stderr=True)
-    with progress_bar(errors) as (progress, say):
+    tables: dict[str, Any] = {}
+    failed = False
+    for name in names:
+        folder = re.sub("[:,=]", "-", name)
+        if suite:
+            place = (output or Path("runs") / suite) / folder
+        else:
+            place = output or Path("runs") / folder
+        outcome = _bench_one(name, chosen, range(first_seed, first_seed + seeds), place,
+                             data_dir, workers)  # fmt: skip
+        tables[name] = outcome.results
+        failed = failed or bool(outcome.failures)
+    if suite:
+        path = (output or Path("runs") / suite) / "targets.md"
+        write_atomically(path, targets_table(judge(published, tables)))
+        print(f"\n{path.read_text()}\nwritten:\n  {path}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _bench_one(
+    stream: str,
+    methods: Mapping[str, Method],
+    seeds: range,
+    output: Path,
+    data_dir: Path | None,
+    workers: int,
+) -> Outcome:
+    """Run and print the table of one stream."""
+    with progress_bar(Console(stderr=True)) as (progress, say):
         outcome = run_bench(
             stream,
-            chosen,
-            range(first_seed, first_seed + seeds),
+            methods,
+            seeds,
             output,
             data_dir,
             command=shlex.join(["growmoe", *sys.argv[1:]]),
@@ -110,7 +150,7 @@ def bench(
         for failure in outcome.failures:
             print(f"growmoe: {failure}", file=sys.stderr)
         print(f"growmoe: the tracebacks are in {output / 'errors'}", file=sys.stderr)
-        raise typer.Exit(1)
+    return outcome
 
 
 def _choose(names: str) -> Mapping[str, Method]:
