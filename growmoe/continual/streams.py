@@ -14,13 +14,20 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from growmoe.continual.data.cifar import read_cifar10, read_cifar100
 from growmoe.continual.data.digits import read_digits
+from growmoe.continual.data.folders import read_folders
+from growmoe.continual.data.glyphs import SCRIPTS, read_glyphs
 from growmoe.continual.data.idx import DataError
 from growmoe.continual.data.mnist import read_fashion_mnist, read_mnist, read_mnist_5000
 from growmoe.continual.scenarios import (
     Domains,
     arrange,
     class_incremental,
+    in_turn,
     permuted,
     rotated,
     split,
@@ -115,6 +122,33 @@ _IMAGES: dict[str, tuple[Read, int, str]] = {
     "fashion-mnist": (read_fashion_mnist, 5, "Fashion-MNIST, 60,000 + 10,000 images of 28x28"),
 }
 
+
+def _in_turn(read: Callable[[Path | None], list[Data]], description: str) -> StreamSource:
+    def domains(data_dir: Path | None, seed: int, options: Options) -> Domains:
+        parts = read(data_dir)
+        count = options.experiences or len(parts)
+        if count > len(parts):
+            raise ValueError(f"there are {len(parts)} data sets, not {count}")
+        return in_turn(parts[:count], seed)
+
+    return StreamSource(description, domains, Options(scenario="class", drift="sharp"))
+
+
+def _four_sets(data_dir: Path | None) -> list[Data]:
+    """Digits in the middle of 28x28, MNIST, Fashion-MNIST and Devanagari; ten classes each."""
+    digits = read_digits()
+    pad = (2, 2, 2, 2)
+
+    def large(pixels: Tensor) -> Tensor:
+        levels = (pixels.int() * 255 // digits.white).to(torch.uint8)
+        return torch.nn.functional.pad(levels.repeat_interleave(3, 2).repeat_interleave(3, 3), pad)
+
+    scaled = Data(large(digits.train_pixels), digits.train_labels, large(digits.test_pixels),
+                  digits.test_labels, 255)  # fmt: skip
+    letters = read_glyphs()[list(SCRIPTS).index("devanagari")]
+    return [scaled, read_mnist_5000(), read_fashion_mnist(data_dir), letters]
+
+
 STREAMS: dict[str, StreamSource] = {
     **{f"split-{name}": _split(*how) for name, how in _IMAGES.items()},
     **{
@@ -125,6 +159,11 @@ STREAMS: dict[str, StreamSource] = {
         f"rotated-{name}": _changing(rotated, read, 10, f"turned by other angles, of {name}")
         for name, (read, _, _) in _IMAGES.items()
     },
+    "split-cifar-10": _split(read_cifar10, 5, "CIFAR-10, 50,000 + 10,000 of 32x32"),
+    "split-cifar-100": _split(read_cifar100, 10, "CIFAR-100, 50,000 + 10,000 of 32x32"),
+    "split-folders": _split(read_folders, 5, "your DIR/train/CLASS/*.png and DIR/test/..."),
+    "glyphs": _in_turn(read_glyphs, "ten letters each of ten scripts, 6,000 + 2,000"),
+    "data-sets": _in_turn(_four_sets, "digits, MNIST, Fashion-MNIST, glyphs in turn"),
 }
 
 
