@@ -109,9 +109,8 @@ def test_glyphs_are_ten_scripts_of_ten_letters_that_differ():
     assert (images.flatten(1).amax(1) > 0.5).all()
     means = torch.stack([images[stream.data.train_labels == k].mean(0) for k in range(100)])
     distances = torch.cdist(means.flatten(1), means.flatten(1)) + 100 * torch.eye(100)
-    # a missing letter is drawn as the same empty box as all others of its script
-    twins = (distances < 0.5).nonzero().tolist()
-    assert len(twins) <= 10
+    # missing letters would all be the same empty box
+    assert distances.min() > 0.5
 
 
 def test_fonts_that_are_missing_name_the_package(tmp_path):
