@@ -140,3 +140,13 @@ def test_each_drift_is_found_once_and_the_rest_are_false_alarms():
         "found": 2, "missed": 1, "false_alarms": 2, "false_alarms_per_1000": 5.0, "delay": 15.0,
     }  # fmt: skip
     assert metrics.drift_detection([], [], 100)["false_alarms"] == 0
+
+
+def test_backward_transfer_equals_avalanches():
+    avalanche = pytest.importorskip("avalanche.evaluation.metrics.forgetting_bwt")
+    theirs = avalanche.BWT()
+    for j in range(len(R) - 1):
+        theirs.update(j, R[j][j], initial=True)
+        theirs.update(j, R[-1][j])
+    result = theirs.result()
+    assert metrics.backward_transfer(R) == pytest.approx(sum(result.values()) / len(result))
