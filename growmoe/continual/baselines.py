@@ -23,14 +23,17 @@ require("avalanche.training.supervised")
 
 from avalanche.evaluation.metrics import accuracy_metrics  # noqa: E402
 from avalanche.training.plugins import (  # noqa: E402
+    AGEMPlugin,
     EvaluationPlugin,
     EWCPlugin,
+    GDumbPlugin,
     LwFPlugin,
     ReplayPlugin,
     SupervisedPlugin,
+    SynapticIntelligencePlugin,
 )
 from avalanche.training.storage_policy import ClassBalancedBuffer  # noqa: E402
-from avalanche.training.supervised import JointTraining, Naive  # noqa: E402
+from avalanche.training.supervised import DER, ER_ACE, JointTraining, Naive  # noqa: E402
 
 Progress = Callable[[float, str], None]
 _EVAL_BATCH = 1000
@@ -122,100 +125,6 @@ class CellRun:
         self.matrix.append(self.evaluate(strategy))
 
 
-def run_incremental(
-    stream: Stream,
-    progress: Progress,
-    training: Training,
-    plugin: SupervisedPlugin | None,
-    kept: Callable[[nn.Module], Memory],
-) -> Cell:
-    """Train one network on one experience after another, with a plugin or without.
-
-    Args:
-        kept: gives the memory that the method holds at the end.
-    """
-    run = CellRun(stream, progress)
-    model = mlp(stream, training.hidden)
-    strategy = Naive(
-        model=model,
-        optimizer=torch.optim.Adam(model.parameters(), lr=training.learning_rate),
-        criterion=nn.CrossEntropyLoss(),
-        train_mb_size=training.batch_size,
-        plugins=[p for p in (plugin, run.reporter) if p is not None],
-        **run.common(),
-    )
-    untrained = run.evaluate(strategy)
-    for i, experience in enumerate(run.benchmark.train_stream):
-        batches = math.ceil(len(experience.dataset) / training.batch_size)
-        if isinstance(plugin, ReplayPlugin):
-            # As many old images of a class in a step as new ones.
-            plugin.batch_size_mem = training.batch_size * max(i, 1)
-            stored = len(plugin.storage_policy.buffer)
-            batches = max(batches, math.ceil(stored / plugin.batch_size_mem))
-        strategy.train_epochs = training.epochs(batches)
-        run.train(strategy, experience)
-    return Cell(
-        run.matrix, run.seconds, parameter_count(model), kept(model), untrained_accuracy=untrained
-    )
-
-
-def _weights(model: nn.Module) -> int:
-    return tensor_bytes(*model.parameters())
-
-
-def run_naive(stream: Stream, seed: int, progress: Progress, training: Training) -> Cell:
-    """Training goes on as if nothing could be forgotten: the lower bound."""
-    return run_incremental(
-        stream, progress, training, None, lambda model: Memory(model=_weights(model))
-    )
-
-
-def run_replay(
-    stream: Stream, seed: int, progress: Progress, training: Training, exemplars: int
-) -> Cell:
-    """A class-balanced reservoir of exemplars, mixed into every step (arXiv:1902.10486)."""
-    plugin = ReplayPlugin(
-        mem_size=exemplars, storage_policy=ClassBalancedBuffer(exemplars, adaptive_size=True)
-    )
-
-    def kept(model: nn.Module) -> Memory:
-        stored = len(plugin.storage_policy.buffer)
-        return Memory(model=_weights(model), examples=stored * stream.bytes_per_example)
-
-    return run_incremental(stream, progress, training, plugin, kept)
-
-
-def run_ewc(
-    stream: Stream, seed: int, progress: Progress, training: Training, strength: float
-) -> Cell:
-    """Elastic weight consolidation, a penalty per experience (arXiv:1612.00796)."""
-    plugin = EWCPlugin(ewc_lambda=strength, mode="separate")
-
-    def kept(model: nn.Module) -> Memory:
-        old = [*plugin.importances.values(), *plugin.saved_params.values()]
-        tensors = [entry.data for entries in old for entry in entries.values()]
-        return Memory(model=_weights(model), statistics=tensor_bytes(*tensors))
-
-    return run_incremental(stream, progress, training, plugin, kept)
-
-
-def run_lwf(
-    stream: Stream,
-    seed: int,
-    progress: Progress,
-    training: Training,
-    alpha: float,
-    temperature: float,
-) -> Cell:
-    """Learning without forgetting: distillation from the network before (arXiv:1606.09282)."""
-    plugin = LwFPlugin(alpha=alpha, temperature=temperature)
-
-    def kept(model: nn.Module) -> Memory:
-        return Memory(model=_weights(model), buffers=_weights(plugin.lwf.prev_model))
-
-    return run_incremental(stream, progress, training, plugin, kept)
-
-
 class _TensorBatches:
     """Shuffled mini-batches of data held as tensors, many times faster than example by example."""
 
@@ -232,11 +141,235 @@ class _TensorBatches:
             yield [self.images[index], self.labels[index], torch.zeros_like(index)]
 
 
-class _Joint(JointTraining):
-    """Avalanche's joint training, which sees the data often enough to be worth a faster loader."""
+class _FastLoader:
+    """Mixed into an Avalanche strategy, gives it `_TensorBatches`."""
 
-    def make_train_dataloader(self, **kwargs: Any) -> None:
+    def make_train_dataloader(self: Any, **kwargs: Any) -> None:
         self.dataloader = _TensorBatches(self.adapted_dataset, self.train_mb_size)
+
+
+class _Naive(_FastLoader, Naive):
+    pass
+
+
+class _DER(_FastLoader, DER):
+    pass
+
+
+class _ErAce(_FastLoader, ER_ACE):
+    pass
+
+
+class _Joint(_FastLoader, JointTraining):
+    pass
+
+
+def run_incremental(
+    stream: Stream,
+    progress: Progress,
+    training: Training,
+    plugin: SupervisedPlugin | None,
+    kept: Callable[[Any], Memory],
+    kind: Callable[..., Any] = _Naive,
+    **options: Any,
+) -> Cell:
+    """Train one network on one experience after another, with a plugin or without.
+
+    Args:
+        kept: gives the memory that the method holds at the end.
+        kind: an Avalanche strategy, and `options` of its own.
+    """
+    run = CellRun(stream, progress)
+    model = mlp(stream, training.hidden)
+    strategy = kind(
+        model=model,
+        optimizer=torch.optim.Adam(model.parameters(), lr=training.learning_rate, fused=True),
+        criterion=nn.CrossEntropyLoss(),
+        train_mb_size=training.batch_size,
+        plugins=[p for p in (plugin, run.reporter) if p is not None],
+        **options,
+        **run.common(),
+    )
+    untrained = run.evaluate(strategy)
+    for i, experience in enumerate(run.benchmark.train_stream):
+        batches = math.ceil(len(experience.dataset) / training.batch_size)
+        if isinstance(plugin, ReplayPlugin):
+            # As many old images of a class in a step as new ones.
+            plugin.batch_size_mem = training.batch_size * max(i, 1)
+            stored = len(plugin.storage_policy.buffer)
+            batches = max(batches, math.ceil(stored / plugin.batch_size_mem))
+        strategy.train_epochs = training.epochs(batches)
+        run.train(strategy, experience)
+    # the strategy's model: some begin a new one
+    parameters = parameter_count(strategy.model)
+    return Cell(run.matrix, run.seconds, parameters, kept(strategy), untrained_accuracy=untrained)
+
+
+def _weights(model: nn.Module) -> int:
+    return tensor_bytes(*model.parameters())
+
+
+def run_naive(stream: Stream, seed: int, progress: Progress, training: Training) -> Cell:
+    """Training goes on as if nothing could be forgotten: the lower bound."""
+    return run_incremental(
+        stream, progress, training, None, lambda strategy: Memory(model=_weights(strategy.model))
+    )
+
+
+def run_replay(
+    stream: Stream, seed: int, progress: Progress, training: Training, exemplars: int
+) -> Cell:
+    """A class-balanced reservoir of exemplars, mixed into every step (arXiv:1902.10486)."""
+    plugin = ReplayPlugin(
+        mem_size=exemplars, storage_policy=ClassBalancedBuffer(exemplars, adaptive_size=True)
+    )
+
+    def kept(strategy: Any) -> Memory:
+        stored = len(plugin.storage_policy.buffer)
+        return Memory(model=_weights(strategy.model), examples=stored * stream.bytes_per_example)
+
+    return run_incremental(stream, progress, training, plugin, kept, kind=Naive)
+
+
+class _GDumb(GDumbPlugin):
+    """GDumb goes through its memory, not through the experience: so many times."""
+
+    def __init__(self, exemplars: int, passes: int) -> None:
+        super().__init__(mem_size=exemplars)
+        self.passes = passes
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        strategy.train_epochs = self.passes
+
+
+def run_gdumb(
+    stream: Stream, seed: int, progress: Progress, training: Training, exemplars: int, passes: int
+) -> Cell:
+    """A balanced memory, and a new network trained on it alone (Prabhu et al. 2020, ECCV)."""
+    plugin = _GDumb(exemplars, passes)
+
+    def kept(strategy: Any) -> Memory:
+        # its beginning is kept too, in Avalanche, but a seed would do
+        stored = len(plugin.storage_policy.buffer)
+        return Memory(model=_weights(strategy.model), examples=stored * stream.bytes_per_example)
+
+    return run_incremental(stream, progress, training, plugin, kept)
+
+
+def run_ewc(
+    stream: Stream, seed: int, progress: Progress, training: Training, strength: float
+) -> Cell:
+    """Elastic weight consolidation, a penalty per experience (arXiv:1612.00796)."""
+    plugin = EWCPlugin(ewc_lambda=strength, mode="separate")
+
+    def kept(strategy: Any) -> Memory:
+        old = [*plugin.importances.values(), *plugin.saved_params.values()]
+        tensors = [entry.data for entries in old for entry in entries.values()]
+        return Memory(model=_weights(strategy.model), statistics=tensor_bytes(*tensors))
+
+    return run_incremental(stream, progress, training, plugin, kept)
+
+
+def run_si(
+    stream: Stream, seed: int, progress: Progress, training: Training, strength: float
+) -> Cell:
+    """Synaptic intelligence: importances from the path of each weight (arXiv:1703.04200)."""
+    plugin = SynapticIntelligencePlugin(si_lambda=strength)
+
+    def kept(strategy: Any) -> Memory:
+        # importance, old value and the path of the current experience, one number each a weight;
+        # what else the plugin keeps is overwritten at every step
+        return Memory(model=_weights(strategy.model), statistics=3 * _weights(strategy.model))
+
+    return run_incremental(stream, progress, training, plugin, kept)
+
+
+def run_lwf(
+    stream: Stream,
+    seed: int,
+    progress: Progress,
+    training: Training,
+    alpha: float,
+    temperature: float,
+) -> Cell:
+    """Learning without forgetting: distillation from the network before (arXiv:1606.09282)."""
+    plugin = LwFPlugin(alpha=alpha, temperature=temperature)
+
+    def kept(strategy: Any) -> Memory:
+        return Memory(model=_weights(strategy.model), buffers=_weights(plugin.lwf.prev_model))
+
+    return run_incremental(stream, progress, training, plugin, kept)
+
+
+def run_agem(
+    stream: Stream,
+    seed: int,
+    progress: Progress,
+    training: Training,
+    exemplars: int,
+    sample: int,
+) -> Cell:
+    """A-GEM: a gradient that would raise the loss of the memory is projected (arXiv:1812.00420)."""
+    plugin = AGEMPlugin(max(1, exemplars // stream.num_experiences), sample)
+
+    def kept(strategy: Any) -> Memory:
+        stored = sum(len(buffer) for buffer in plugin.buffers)
+        return Memory(model=_weights(strategy.model), examples=stored * stream.bytes_per_example)
+
+    return run_incremental(stream, progress, training, plugin, kept)
+
+
+def run_der(
+    stream: Stream,
+    seed: int,
+    progress: Progress,
+    training: Training,
+    exemplars: int,
+    alpha: float,
+    beta: float,
+) -> Cell:
+    """DER++: exemplars replayed with their labels and their old scores (arXiv:2004.07211)."""
+
+    def kept(strategy: Any) -> Memory:
+        stored = len(strategy.storage_policy.buffer)
+        return Memory(
+            model=_weights(strategy.model),
+            statistics=4 * stored * stream.num_classes,
+            examples=stored * stream.bytes_per_example,
+        )
+
+    return run_incremental(
+        stream,
+        progress,
+        training,
+        None,
+        kept,
+        kind=_DER,
+        mem_size=exemplars,
+        alpha=alpha,
+        beta=beta,
+    )
+
+
+def run_er_ace(
+    stream: Stream, seed: int, progress: Progress, training: Training, exemplars: int
+) -> Cell:
+    """ER-ACE: new images against the classes of their mini-batch alone (arXiv:2104.05025)."""
+
+    def kept(strategy: Any) -> Memory:
+        stored = len(strategy.storage_policy.buffer)
+        return Memory(model=_weights(strategy.model), examples=stored * stream.bytes_per_example)
+
+    return run_incremental(
+        stream,
+        progress,
+        training,
+        None,
+        kept,
+        kind=_ErAce,
+        mem_size=exemplars,
+        batch_size_mem=training.batch_size,
+    )
 
 
 def run_joint(
@@ -252,7 +385,7 @@ def run_joint(
         batches = math.ceil(count / training.batch_size)
         strategy = _Joint(
             model=model,
-            optimizer=torch.optim.Adam(model.parameters(), lr=training.learning_rate),
+            optimizer=torch.optim.Adam(model.parameters(), lr=training.learning_rate, fused=True),
             criterion=nn.CrossEntropyLoss(),
             train_mb_size=training.batch_size,
             # As many steps as the incremental methods have had by now, if that is more.
