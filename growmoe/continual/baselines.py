@@ -17,11 +17,11 @@ from torch import nn
 
 from growmoe.continual import require
 from growmoe.continual.cell import Cell, Memory, parameter_count, tensor_bytes
+from growmoe.continual.rivals.learner import accuracy
 from growmoe.continual.streams import Stream
 
 require("avalanche.training.supervised")
 
-from avalanche.evaluation.metrics import accuracy_metrics  # noqa: E402
 from avalanche.training.plugins import (  # noqa: E402
     AGEMPlugin,
     EvaluationPlugin,
@@ -107,14 +107,14 @@ class CellRun:
 
     def common(self) -> dict[str, Any]:
         """Arguments that every Avalanche strategy here shares."""
-        evaluator = EvaluationPlugin(accuracy_metrics(experience=True), loggers=[])
-        return {"evaluator": evaluator, "eval_mb_size": _EVAL_BATCH}
+        return {"evaluator": EvaluationPlugin(loggers=[]), "eval_mb_size": _EVAL_BATCH}
 
     def evaluate(self, strategy: Any) -> list[float]:
-        """Accuracy on the test images of each experience."""
-        results = strategy.eval(self.benchmark.test_stream)
-        name = "Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp{:03d}"
-        return [float(results[name.format(j)]) for j in range(self.stream.num_experiences)]
+        """Accuracy on the test images of each experience, as Avalanche's evaluation gives it."""
+        scores = getattr(strategy, "learner", strategy.model)
+        if isinstance(scores, nn.Module):
+            scores.eval()
+        return [accuracy(self.stream, j, scores) for j in range(self.stream.num_experiences)]
 
     def train(self, strategy: Any, experiences: Any) -> None:
         """Train, then fill the next row of the accuracy matrix."""

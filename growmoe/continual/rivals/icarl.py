@@ -11,6 +11,7 @@ come back; here a class that comes back is herded anew from its old and new imag
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +49,10 @@ class ICaRL(TaskLearner):
         old = [*self.exemplars]
         images, labels = self._with_exemplars(experience)
         self.net.train()
-        everything = Experience(
-            images, labels, experience.batch_size, experience.passes, experience.tell
-        )
+        # as many steps as without the exemplars, and one pass at least
+        steps = math.ceil(len(experience.labels) / experience.batch_size) * experience.passes
+        passes = max(1, round(steps / math.ceil(len(labels) / experience.batch_size)))
+        everything = Experience(images, labels, experience.batch_size, passes, experience.tell)
         for x, y in everything.batches():
             logits = self.net(x)
             target = F.one_hot(y, logits.shape[1]).float()

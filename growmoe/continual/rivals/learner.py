@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,57 +120,95 @@ class TaskLearner(Learner):
 
 
 def run_learner(stream: Stream, progress: Progress, learner: Learner, budget: Budget) -> Cell:
-    """Train on one experience after the other, and test on all after each.
+    """Train on the stream, and test on all experiences at the end of each.
 
-    A method that is told the experience of a test image is asked about one it has not met as if it
-    were of the newest.
+    A method without boundaries has the stream's own mini-batches, in which one experience may end
+    and the next begin. A method that is told the experience of a test image is asked about one that
+    it has not met as if it were of the newest.
     """
-    matrix: list[list[float]] = []
-    seconds = 0.0
-    total = stream.num_experiences
-    for i in range(total):
-
-        def tell(fraction: float, i: int = i) -> None:
-            progress((i + min(1.0, fraction)) / total, f"experience {i + 1} of {total}")
-
-        tell(0.0)
-        index = stream.train_index[i]
-        experience = Experience(
-            stream.train_images(index),
-            stream.data.train_labels[index],
-            budget.batch_size,
-            budget.passes(len(index)),
-            tell,
-        )
-        begin = time.perf_counter()
-        if isinstance(learner, TaskLearner):
+    run = _Run(stream, progress, learner)
+    if isinstance(learner, TaskLearner):
+        for i, index in enumerate(stream.train_index):
+            experience = Experience(
+                stream.train_images(index),
+                stream.data.train_labels[index],
+                budget.batch_size,
+                budget.passes(len(index)),
+                lambda fraction, i=i: run.tell(i + fraction),  # type: ignore[misc]
+            )
+            begin = time.perf_counter()
             learner.learn_experience(experience)
-        else:
-            for images, labels in experience.batches():
-                learner.learn(images, labels)
-        seconds += time.perf_counter() - begin
-        matrix.append([_accuracy(stream, learner, j, min(i, j)) for j in range(total)])
+            run.seconds += time.perf_counter() - begin
+            run.test()
+    else:
+        epochs = budget.passes(min(map(len, stream.train_index)))
+        total = math.ceil(stream.num_examples * epochs / budget.batch_size)
+        for step, batch in enumerate(stream.batches(budget.batch_size, epochs)):
+            begin = time.perf_counter()
+            learner.learn(batch.images, batch.labels)
+            run.seconds += time.perf_counter() - begin
+            if step % 10 == 0:
+                run.tell(step / total * stream.num_experiences)
+            for _ in batch.ends:
+                run.test()
     return Cell(
-        matrix,
-        seconds,
+        run.matrix,
+        run.seconds,
         learner.num_parameters,
         learner.memory(stream.bytes_per_example),
         lineage=learner.lineage(),
+        anytime=run.anytime,
+        memory_history=run.memory,
+        parameter_history=run.parameters,
         extras=learner.extras(),
     )
 
 
-def _accuracy(stream: Stream, learner: Learner, experience: int, task: int) -> float:
-    correct = 0
-    index = stream.test_index[experience]
+class _Run:
+    """A cell under way: what was measured at the end of each experience so far."""
+
+    def __init__(self, stream: Stream, progress: Progress, learner: Learner) -> None:
+        self.stream, self.progress, self.learner = stream, progress, learner
+        self.seconds = 0.0
+        self.matrix: list[list[float]] = []
+        self.anytime: list[list[float]] = []
+        self.memory: list[list[float]] = []
+        self.parameters: list[list[float]] = []
+
+    def tell(self, done: float) -> None:
+        """So many experiences are done."""
+        total = self.stream.num_experiences
+        where = min(int(done) + 1, total)
+        self.progress(min(1.0, done / total), f"experience {where} of {total}")
+
+    def test(self) -> None:
+        """The next row of the matrix, and what is kept by now."""
+        i, stream, learner = len(self.matrix), self.stream, self.learner
+        counts = stream.test_counts
+        row = [
+            accuracy(stream, j, partial(self._scores, task=min(i, j)))
+            for j in range(stream.num_experiences)
+        ]
+        seen = sum(len(index) for index in stream.train_index[: i + 1])
+        mean = sum(r * n for r, n in zip(row, counts, strict=True)) / sum(counts)
+        self.matrix.append(row)
+        self.anytime.append([seen, mean])
+        self.memory.append([seen, learner.memory(stream.bytes_per_example).total])
+        self.parameters.append([seen, learner.num_parameters])
+
+    def _scores(self, images: Tensor, task: int) -> Tensor:
+        if TASK_LABELS in self.learner.needs and isinstance(self.learner, TaskLearner):
+            return self.learner.of_task(images, task)
+        return self.learner(images)
+
+
+@torch.no_grad()
+def accuracy(stream: Stream, experience: int, scores: Callable[[Tensor], Tensor]) -> float:
+    """The share of an experience's test images whose highest score is that of their class."""
+    correct, index = 0, stream.test_index[experience]
     for part in index.split(_EVAL_BATCH):
-        images = stream.test_images(part)
-        with torch.no_grad():
-            if TASK_LABELS in learner.needs and isinstance(learner, TaskLearner):
-                scores = learner.of_task(images, task)
-            else:
-                scores = learner(images)
-        correct += int((scores.argmax(1) == stream.data.test_labels[part]).sum())
+        answers = stream.restrict(scores(stream.test_images(part)), experience).argmax(1)
+        correct += int((answers == stream.data.test_labels[part]).sum())
     return correct / len(index)
 
 
