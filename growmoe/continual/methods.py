@@ -21,6 +21,7 @@ from growmoe.continual.rivals import build
 from growmoe.continual.rivals.learner import (
     BOUNDARIES,
     EXAMPLES,
+    ORACLE,
     TASK_LABELS,
     Budget,
     Learner,
@@ -350,3 +351,50 @@ def online(batch_size: int = 10, chosen: Mapping[str, Method] | None = None) -> 
         else method.again(batch_size=batch_size, min_steps=0)
         for name, method in methods.items()
     }
+
+
+def controls() -> dict[str, Method]:
+    """growmoe with one thing taken away or decided by someone else, with its own settings."""
+    settings = METHODS["growmoe"].settings
+    same = {name: settings[name] for name in ("batch_size", "early")}
+    made = {
+        "growmoe-oracle": _control(
+            "growth at the true boundaries, domains found again",
+            "run_at_boundaries",
+            (ORACLE,),
+            **same,
+        ),
+        "growmoe-random": _control(
+            "growth at random times, with as many births", "run_at_random", **same
+        ),
+        "growmoe-fixed": _control(
+            "as many domains as growmoe ends with, from the beginning", "run_fixed", **same
+        ),
+        "dense": _control(
+            "one closed-form head of growmoe's final memory", "run_dense", **same, ridge=1e-4
+        ),
+    }
+    for act in ("spawn", "merge", "prune", "freeze"):
+        made[f"growmoe-no-{act}"] = _control(
+            f"nothing is {_OFF[act]}", "run_without", **same, off=act
+        )
+    return made
+
+
+_OFF = {"spawn": "born", "merge": "merged", "prune": "removed", "freeze": "frozen"}
+
+
+def _control(
+    description: str, function: str, needs: tuple[str, ...] = (), **options: Any
+) -> Method:
+    def run(stream: Stream, seed: int, progress: Progress) -> Cell:
+        from growmoe.continual import controls as room
+
+        return getattr(room, function)(stream, seed, progress, **options)
+
+    def again(**changes: Any) -> Method:
+        changes.pop("min_steps", None)  # one pass already
+        return _control(description, function, needs, **{**options, **changes})
+
+    settings = METHODS["growmoe"].settings
+    return Method(description, run, {**settings, **options}, needs, again)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from growmoe.continual.features import RandomPatchFeatures
+from growmoe.continual import features
 from growmoe.continual.rivals.cn_dpm import CNDPM
 from growmoe.continual.rivals.cope import CoPE
 from growmoe.continual.rivals.dynmoe import DynMoE
@@ -20,8 +21,12 @@ from growmoe.continual.rivals.slda import StreamingLDA
 from growmoe.continual.streams import Stream
 
 
-def _features(stream: Stream) -> RandomPatchFeatures:
-    return RandomPatchFeatures.for_images(*stream.image_shape[1:])
+def features_for(stream: Stream) -> Any:
+    """The features that growmoe has on this stream, not fitted yet."""
+    default = getattr(features, "default_features", None)
+    if default is not None:
+        return default(stream.image_shape)
+    return features.RandomPatchFeatures.for_images(*stream.image_shape[1:])
 
 
 def icarl(stream: Stream, seed: int, *, hidden: int, learning_rate: float, exemplars: int) -> ICaRL:
@@ -55,13 +60,13 @@ def cope(
 
 def streaming_lda(stream: Stream, seed: int, *, shrinkage: float, early: int) -> StreamingLDA:
     return StreamingLDA(
-        _features(stream), stream.num_classes, shrinkage=shrinkage, early=early, seed=seed
+        features_for(stream), stream.num_classes, shrinkage=shrinkage, early=early, seed=seed
     )
 
 
 def ranpac(stream: Stream, seed: int, *, projected: int, ridge: float, early: int) -> RanPAC:
     return RanPAC(
-        _features(stream),
+        features_for(stream),
         stream.num_classes,
         projected=projected,
         ridge=ridge,
@@ -166,7 +171,7 @@ def sema(
     early: int,
 ) -> SEMA:
     return SEMA(
-        _features(stream),
+        features_for(stream),
         stream.num_classes,
         bottleneck=bottleneck,
         threshold=threshold,

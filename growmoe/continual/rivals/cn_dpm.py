@@ -125,10 +125,9 @@ class CNDPM(Learner):
             return []
         return [e.body for e in self.layer.experts.values()]  # type: ignore[misc]
 
-    def log_responsibilities(self, x_ND: Tensor, y_N: Tensor) -> Tensor:
+    def log_responsibilities(self, images: Tensor, labels: Tensor) -> Tensor:
         """log rho, the new expert last: [N, K + 1], each row's exponentials sum to 1."""
-        joint_NK = self._log_joint(x_ND, y_N)[0]
-        return joint_NK.log_softmax(1)
+        return self._log_joint(images.flatten(1), labels)[0].log_softmax(1)
 
     def _log_joint(self, x_ND: Tensor, y_N: Tensor) -> tuple[Tensor, Tensor]:
         """Unnormalised log rho [N, K + 1], detached, and the experts' losses [N, K]."""

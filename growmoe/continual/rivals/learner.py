@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from growmoe.continual.cell import Cell, Memory
-from growmoe.continual.streams import Stream
+from growmoe.continual.cell import Cell, Memory, tensor_bytes
+from growmoe.continual.stream import Batch, Stream
 
 Progress = Callable[[float, str], None]
 BOUNDARIES, TASK_LABELS, EXAMPLES = "boundaries", "task labels", "examples"
+ORACLE = "true domains"
 _EVAL_BATCH = 1000
 
 
@@ -119,6 +120,16 @@ class TaskLearner(Learner):
         raise TypeError(f"{type(self).__name__} must define of_task")
 
 
+class OracleLearner(Learner):
+    """A control that is told the true domain of every train example."""
+
+    needs = (ORACLE,)
+
+    def learn_batch(self, batch: Batch) -> None:
+        """Take in a mini-batch with its domains."""
+        raise TypeError(f"{type(self).__name__} must define learn_batch")
+
+
 def run_learner(stream: Stream, progress: Progress, learner: Learner, budget: Budget) -> Cell:
     """Train on the stream, and test on all experiences at the end of each.
 
@@ -145,7 +156,10 @@ def run_learner(stream: Stream, progress: Progress, learner: Learner, budget: Bu
         total = math.ceil(stream.num_examples * epochs / budget.batch_size)
         for step, batch in enumerate(stream.batches(budget.batch_size, epochs)):
             begin = time.perf_counter()
-            learner.learn(batch.images, batch.labels)
+            if isinstance(learner, OracleLearner):
+                learner.learn_batch(batch)
+            else:
+                learner.learn(batch.images, batch.labels)
             run.seconds += time.perf_counter() - begin
             if step % 10 == 0:
                 run.tell(step / total * stream.num_experiences)
@@ -210,6 +224,17 @@ def accuracy(stream: Stream, experience: int, scores: Callable[[Tensor], Tensor]
         answers = stream.restrict(scores(stream.test_images(part)), experience).argmax(1)
         correct += int((answers == stream.data.test_labels[part]).sum())
     return correct / len(index)
+
+
+def held_bytes(thing: object) -> int:
+    """The bytes of all tensors among the attributes of an object, and of the modules there."""
+    total = 0
+    for value in vars(thing).values():
+        if isinstance(value, Tensor):
+            total += tensor_bytes(value)
+        elif isinstance(value, nn.Module):
+            total += tensor_bytes(*value.parameters(), *value.buffers())
+    return total
 
 
 def two_layers(inputs: int, hidden: int) -> nn.Sequential:

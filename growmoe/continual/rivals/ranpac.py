@@ -14,7 +14,7 @@ from torch import Tensor
 from growmoe.continual.cell import Memory, tensor_bytes
 from growmoe.continual.intake import Features, Intake
 from growmoe.continual.ridge import RidgeHead
-from growmoe.continual.rivals.learner import Learner
+from growmoe.continual.rivals.learner import Learner, held_bytes
 
 
 class RanPAC(Learner):
@@ -70,7 +70,7 @@ class RanPAC(Learner):
         return Memory(
             model=tensor_bytes(self.head.W_DK),
             buffers=self.features.memory_bytes + tensor_bytes(self.W_DM),
-            statistics=tensor_bytes(self.head.G_DD, self.head.C_DK),
+            statistics=held_bytes(self.head) - tensor_bytes(self.head.W_DK),
         )
 
     @property

@@ -1,0 +1,88 @@
+"""Controls differ from growmoe in what they say, and in nothing else."""
+
+import json
+
+import pytest
+import torch
+from rows import rows
+
+from growmoe.continual import controls as room
+from growmoe.continual.classifier import GrowingClassifier
+from growmoe.continual.methods import METHODS, controls
+from growmoe.continual.rivals.learner import Budget, run_learner
+from growmoe.continual.scenarios import permuted
+
+grows_domains = pytest.mark.skipif(
+    not hasattr(GrowingClassifier, "enter"), reason="needs domains of its own"
+)
+
+
+def silent(fraction, text):
+    assert 0 <= fraction <= 1
+
+
+def two_domains(**how):
+    return rows(experiences=2, family=permuted, scenario="domain", each=60, **how)
+
+
+def test_every_control_is_described_and_keeps_growmoes_settings():
+    mine = METHODS["growmoe"].settings
+    for name, method in controls().items():
+        assert len(f"{name:<16}{method.description}") <= 80
+        assert mine.items() <= json.loads(json.dumps(dict(method.settings))).items()
+        assert method.again(batch_size=10).settings["batch_size"] == 10
+    assert not set(controls()) & set(METHODS)
+    assert {f"growmoe-no-{act}" for act in room.ACTS} <= set(controls())
+    assert [name for name, m in controls().items() if m.needs] == ["growmoe-oracle"]
+
+
+def test_an_act_is_switched_off_with_the_rules_that_propose_it():
+    from growmoe.rules import FreezeSettled, MergeOverlapping, PruneIdle, ThawOnNovelty
+
+    rules = [MergeOverlapping(), PruneIdle(), FreezeSettled(), ThawOnNovelty()]
+    assert room.without(rules, "freeze") == rules[:2]
+    assert room.without(rules, "merge", "prune") == rules[2:]
+    assert room.without(rules) == rules
+
+
+@grows_domains
+@pytest.mark.parametrize("drift", ["sharp", "fuzzy", "recurring"])
+def test_the_oracle_grows_one_domain_for_each_and_finds_it_again(drift):
+    stream = two_domains(drift=drift)
+    learner = room.AtBoundaries(stream, early=32, seed=0)
+    cell = run_learner(stream, silent, learner, Budget(16))
+    assert cell.extras["domains"] == stream.num_domains == len(learner.ids)
+
+
+@grows_domains
+def test_random_growth_has_as_many_births_at_other_times():
+    stream = two_domains()
+    times = []
+    for seed in range(2):
+        learner = room.AtRandom(stream, early=32, seed=seed, births=3, batch_size=16)
+        run_learner(stream, silent, learner, Budget(16))
+        assert len(learner.classifier.domains) - 1 == len(learner.times) == 3
+        times.append(learner.times)
+    assert times[0] != times[1]
+
+
+@grows_domains
+@pytest.mark.parametrize("name", list(controls()))
+def test_every_control_fills_its_cell(name):
+    torch.manual_seed(0)
+    stream = two_domains()
+    cell = controls()[name].again(batch_size=16, early=32).run(stream, 0, silent)
+    assert len(cell.accuracy_matrix) == 2 and cell.memory_bytes > 0 and cell.parameters > 0
+    if name == "growmoe-fixed":
+        assert not any(e["act"] == "spawn" and e["layer"] == "domains" for e in cell.lineage)
+    if name == "growmoe-no-spawn":
+        assert cell.extras["domains"] == 1
+
+
+@grows_domains
+def test_the_dense_head_has_the_memory_that_growmoe_ends_with():
+    stream = two_domains()
+    grown = room.grow(stream, 0, 16, 32)
+    cell = room.run_dense(stream, 0, silent, 16, 32, 1e-4)
+    mine = grown.memory(stream.bytes_per_example)
+    assert cell.memory.statistics == pytest.approx(mine.statistics, rel=0.25)
