@@ -151,9 +151,10 @@ class Dense(Learner):
     def __init__(
         self, stream: Stream, *, early: int, seed: int, experts: float, ridge: float
     ) -> None:
-        from growmoe.continual.closed_form import wider  # it imports Avalanche
+        from growmoe.continual import closed_form  # it imports Avalanche
 
-        self.features = wider(features_for(stream), experts)
+        widen: Callable[[Any, Any], Any] = closed_form.wider
+        self.features = widen(features_for(stream), experts)
         self.learner = RidgeClassifier(
             self.features, stream.num_classes, ridge=ridge, early=early, seed=seed
         )

@@ -6,9 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from rows import rows
 
 from growmoe.continual import METHODS, load, metrics
 from growmoe.continual.features import RandomPatchFeatures
+from growmoe.continual.methods import online
+from growmoe.continual.rivals.learner import BOUNDARIES, EXAMPLES, TASK_LABELS
 from growmoe.continual.streams import Data, class_incremental
 
 pytest.importorskip("avalanche")
@@ -49,18 +52,50 @@ def test_every_method_is_described_in_a_line_and_its_settings_are_json():
         assert method.settings and json.loads(json.dumps(dict(method.settings)))
 
 
-@pytest.mark.parametrize("name", list(METHODS))
-def test_every_method_fills_its_cell(tiny, name):
-    torch.manual_seed(0)
-    cell = METHODS[name].run(tiny, 0, silent) if name in CLOSED else run_fast(name, tiny)
+# born of a short-term memory of 500, of which the tiny stream has a third
+EXPERTLESS = ("cn-dpm",)
+
+
+def check(cell, side):
     matrix = np.array(cell.accuracy_matrix)
-    assert matrix.shape == (3, 3) and (matrix >= 0).all() and (matrix <= 1).all()
-    assert cell.seconds > 0 and cell.parameters > 0 and cell.memory.model == 4 * cell.parameters
+    assert matrix.shape == (side, side) and (matrix >= 0).all() and (matrix <= 1).all()
+    assert cell.seconds > 0 and cell.memory.model == 4 * cell.parameters
     assert cell.memory_bytes == sum(dataclasses.asdict(cell.memory).values())
     json.dumps(dataclasses.asdict(cell))
 
 
-CLOSED = ("growmoe", "ridge", "ridge-wide")  # as fast as they are
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_fills_its_cell_online(tiny, name):
+    torch.manual_seed(0)
+    cell = online(10)[name].run(tiny, 0, silent)
+    check(cell, 3)
+    assert cell.parameters > 0 or name in EXPERTLESS
+    assert bool(cell.memory.examples) <= (EXAMPLES in METHODS[name].needs or name == "growmoe")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{"scenario": "domain"}, {"drift": "fuzzy"}, {"scenario": "task"}])
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_runs_on_every_kind_of_stream(name, how):
+    torch.manual_seed(0)
+    check(online(10)[name].run(rows(experiences=2, classes=4, each=15, **how), 0, silent), 2)
+
+
+def test_online_is_one_pass_in_small_mini_batches():
+    for name, method in online(10).items():
+        assert method.description == METHODS[name].description
+        assert method.needs == METHODS[name].needs
+        if name != "joint":
+            assert method.settings["batch_size"] == 10
+            assert method.settings.get("min_steps", 0) == 0
+    assert online(7, {"naive": METHODS["naive"]})["naive"].settings["batch_size"] == 7
+
+
+def test_what_a_method_needs_is_one_of_few():
+    for method in METHODS.values():
+        assert set(method.needs) <= {BOUNDARIES, TASK_LABELS, EXAMPLES}
+    free = {name for name, method in METHODS.items() if not method.needs}
+    assert {"growmoe", "ridge", "slda", "ranpac", "sema", "dynmoe", "naive"} <= free
 
 
 def run_fast(name, stream, training=FAST):
@@ -69,7 +104,10 @@ def run_fast(name, stream, training=FAST):
         for k, v in METHODS[name].settings.items()
         if k not in dataclasses.asdict(baselines.Training())
     }
-    return getattr(baselines, f"run_{name}")(stream, 0, silent, training, **options)
+    function = {"a-gem": "run_agem", "der++": "run_der", "er-ace": "run_er_ace"}.get(
+        name, f"run_{name}"
+    )
+    return getattr(baselines, function)(stream, 0, silent, training, **options)
 
 
 def test_memory_counts_what_each_method_keeps(tiny):
@@ -82,6 +120,13 @@ def test_memory_counts_what_each_method_keeps(tiny):
     assert lwf.memory.buffers == 4 * parameters
     assert replay.memory.examples == 30 * (64 + 1)
     assert joint.memory.examples == 180 * (64 + 1)
+    si, agem, der, ace, gdumb = (
+        run_fast(n, tiny) for n in ("si", "a-gem", "der++", "er-ace", "gdumb")
+    )
+    assert si.memory.statistics == 3 * 4 * parameters
+    # all fit: 1,000 would be kept
+    assert {c.memory.examples for c in (agem, der, ace, gdumb)} == {180 * (64 + 1)}
+    assert der.memory.statistics == 180 * 6 * 4
 
 
 def test_nothing_against_forgetting_forgets_and_replay_does_not(digits):
@@ -92,6 +137,36 @@ def test_nothing_against_forgetting_forgets_and_replay_does_not(digits):
     replay = run_fast("replay", digits, training).accuracy_matrix
     assert metrics.final_accuracy(naive) < 0.3 < 0.85 < metrics.final_accuracy(replay)
     assert metrics.forgetting(naive) > 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gdumb", "der++", "er-ace", "a-gem"])
+def test_examples_help_against_forgetting(name):
+    stream = rows()
+    torch.manual_seed(0)
+    training = baselines.Training(hidden=32, learning_rate=3e-3, min_steps=60)
+    accuracy = metrics.final_accuracy(run_fast(name, stream, training).accuracy_matrix)
+    assert accuracy > (0.5 if name == "a-gem" else 0.85)
+
+
+def test_the_matrix_is_what_avalanches_evaluation_gives(tiny):
+    from avalanche.evaluation.metrics import accuracy_metrics
+    from avalanche.training.plugins import EvaluationPlugin
+    from avalanche.training.supervised import Naive
+
+    torch.manual_seed(0)
+    model = baselines.mlp(tiny, 8)
+    evaluator = EvaluationPlugin(accuracy_metrics(experience=True), loggers=[])
+    strategy = Naive(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        evaluator=evaluator,
+        eval_mb_size=50,
+    )
+    run = baselines.CellRun(tiny, silent)
+    found = strategy.eval(run.benchmark.test_stream)
+    name = "Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp{:03d}"
+    assert run.evaluate(strategy) == pytest.approx([found[name.format(j)] for j in range(3)])
 
 
 def test_the_same_seed_gives_the_same_matrix(tiny):
