@@ -22,6 +22,8 @@ from rich.console import Console  # noqa: E402
 from growmoe.console import progress_bar  # noqa: E402
 from growmoe.continual.bench import BenchError, Outcome, run_bench  # noqa: E402
 from growmoe.continual.methods import METHODS, Method  # noqa: E402
+from growmoe.continual.methods import controls as growmoe_controls  # noqa: E402
+from growmoe.continual.methods import online as run_online  # noqa: E402
 from growmoe.continual.store import write_atomically  # noqa: E402
 from growmoe.continual.streams import STREAMS, DataError, Options, full_name, nearest  # noqa: E402
 from growmoe.continual.suite import SUITES, judge, read_targets, targets_table  # noqa: E402
@@ -86,6 +88,12 @@ def bench(
         Path, typer.Option(help="Published numbers that a suite is compared with.")
     ] = Path("benchmarks/targets.toml"),
     workers: Annotated[int, typer.Option(min=1, help="Cells at a time, on Ray if above 1.")] = 1,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Add growmoe's controls to the methods.")
+    ] = False,
+    online: Annotated[
+        int | None, typer.Option(min=1, help="One pass, in mini-batches of this size.")
+    ] = None,
 ) -> None:
     """Run methods on a stream with several seeds, and compare them."""
     options = Options(scenario, drift, experiences, examples, tests)
@@ -99,12 +107,16 @@ def bench(
         raise UserError(error.args[0]) from error
     published = read_targets(targets) if suite else []
     chosen = _choose(methods)
+    if controls:
+        chosen = {**chosen, **growmoe_controls()}
+    if online is not None:
+        chosen = run_online(online, chosen)
     if importlib.util.find_spec("avalanche") is None:
         require("avalanche")
     tables: dict[str, Any] = {}
     failed = False
     for name in names:
-        folder = re.sub("[:,=]", "-", name)
+        folder = re.sub("[:,=]", "-", name) + ("" if online is None else f"-online-{online}")
         if suite:
             place = (output or Path("runs") / suite) / folder
         else:
@@ -154,11 +166,12 @@ def _bench_one(
 
 
 def _choose(names: str) -> Mapping[str, Method]:
+    known = {**METHODS, **growmoe_controls()}
     wanted = [name.strip() for name in names.split(",") if name.strip()] or list(METHODS)
     for name in wanted:
-        if name not in METHODS:
-            raise UserError(f"no method {name!r}{nearest(name, METHODS)}")
-    return {name: METHODS[name] for name in wanted}
+        if name not in known:
+            raise UserError(f"no method {name!r}{nearest(name, known)}")
+    return {name: known[name] for name in wanted}
 
 
 app.command(
@@ -176,8 +189,9 @@ def list_streams() -> None:
 
 @app.command("methods")
 def list_methods() -> None:
-    """List the methods that can be compared."""
-    _list({name: method.description for name, method in METHODS.items()})
+    """List the methods that can be compared, growmoe's controls last."""
+    known = {**METHODS, **growmoe_controls()}
+    _list({name: method.description for name, method in known.items()})
 
 
 def _list(descriptions: Mapping[str, str]) -> None:

@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("typer")
 
 from growmoe import cli
+from growmoe.continual.bench import BenchError
 from growmoe.continual.cell import Cell, Memory
-from growmoe.continual.methods import METHODS, Method
+from growmoe.continual.methods import METHODS, Method, controls
 from growmoe.continual.streams import STREAMS
 
 
@@ -105,8 +106,21 @@ def test_a_folder_of_another_stream_is_one_line(run, tmp_path):
     assert code == 2 and "holds a bench of split-mnist" in err and len(err.splitlines()) == 1
 
 
+def test_controls_and_online_are_added_to_what_is_chosen(run, tmp_path, monkeypatch):
+    chosen = {}
+
+    def bench(stream, methods, seeds, output, *rest, **how):
+        chosen.update(methods)
+        raise BenchError("enough")
+
+    monkeypatch.setattr("growmoe.cli.run_bench", bench)
+    run("bench", "split-digits", "--methods", "good", "--controls", "--online", 7)
+    assert list(chosen) == ["good", *controls()]
+    assert {chosen[name].settings["batch_size"] for name in controls()} == {7}
+
+
 def test_streams_and_methods_are_listed_in_80_columns(run):
-    for command, known in (("streams", STREAMS), ("methods", METHODS)):
+    for command, known in (("streams", STREAMS), ("methods", METHODS | controls())):
         code, out, _ = run(command)
         assert code == 0
         lines = out.splitlines()

@@ -36,6 +36,7 @@ _HOME = {
     "load": "streams",
     "METHODS": "methods",
     "Method": "methods",
+    "online": "methods",
     "Cell": "cell",
     "Memory": "cell",
     "RandomPatchFeatures": "features",

@@ -191,6 +191,7 @@ def _run_cell(
             method=name,
             seed=seed,
             settings=dict(method.settings),
+            needs=list(method.needs),
             class_order=list(stream.class_order),
             test_counts=stream.test_counts,
             wall_seconds=wall_seconds,
@@ -328,6 +329,7 @@ def summarize(
         pairs = [(cell["accuracy_matrix"], cell["test_counts"]) for cell in cells]
         entry: dict[str, Any] = {
             "settings": cells[0]["settings"],
+            "needs": cells[0].get("needs", []),
             "seeds": [
                 {k: v for k, v in cell.items() if k not in ("lineage", "load_history", "settings")}
                 for cell in cells

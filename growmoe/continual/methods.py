@@ -110,7 +110,9 @@ def _rival(
         description,
         make,
         needs,
-        **{"batch_size": batch_size, "min_steps": min_steps, "on_features": on_features},
+        batch_size=batch_size,
+        min_steps=min_steps,
+        on_features=on_features,
         **options,
     )
     return Method(description, run, settings, needs, again)
@@ -160,7 +162,7 @@ METHODS: dict[str, Method] = {
     ),
     "naive": _baseline("an MLP trained on and on, nothing against forgetting", "run_naive"),
     "replay": _baseline(
-        "1,000 exemplars; each step has as many per old class as per new one",
+        "1,000 exemplars; in each step as many per old class as per new",
         "run_replay",
         needs=(BOUNDARIES, EXAMPLES),
         exemplars=1000,
@@ -358,16 +360,16 @@ def controls() -> dict[str, Method]:
     settings = METHODS["growmoe"].settings
     same = {name: settings[name] for name in ("batch_size", "early")}
     made = {
-        "growmoe-oracle": _control(
+        "oracle-growth": _control(
             "growth at the true boundaries, domains found again",
             "run_at_boundaries",
             (ORACLE,),
             **same,
         ),
-        "growmoe-random": _control(
+        "random-growth": _control(
             "growth at random times, with as many births", "run_at_random", **same
         ),
-        "growmoe-fixed": _control(
+        "fixed-mixture": _control(
             "as many domains as growmoe ends with, from the beginning", "run_fixed", **same
         ),
         "dense": _control(
@@ -375,9 +377,7 @@ def controls() -> dict[str, Method]:
         ),
     }
     for act in ("spawn", "merge", "prune", "freeze"):
-        made[f"growmoe-no-{act}"] = _control(
-            f"nothing is {_OFF[act]}", "run_without", **same, off=act
-        )
+        made[f"no-{act}"] = _control(f"nothing is {_OFF[act]}", "run_without", **same, off=act)
     return made
 
 

@@ -20,6 +20,7 @@ _COLUMNS = {
     "parameters": "params",
     "memory (MB)": "MB",
     "seconds": "sec",
+    "needs": "",
 }
 
 
@@ -51,6 +52,7 @@ def _rows(results: Mapping[str, Any]) -> list[list[str]]:
                 _count(entry["parameters"]["mean"]),
                 f"{entry['memory_bytes']['mean'] / 1e6:.2f}",
                 f"{entry['seconds']['mean']:.1f}",
+                ", ".join(entry.get("needs", [])) or "–",
             ]
         )
     return rows
@@ -62,7 +64,8 @@ def _note(results: Mapping[str, Any]) -> str:
         "Final accuracy, average incremental accuracy, forgetting and backward transfer in percent"
         + (", mean ± 95% confidence interval over seeds" if several else "")
         + "; parameters are learned numbers that a prediction uses; memory is all that is kept "
-        "between experiences (1 MB = 1,000,000 bytes); seconds are of training."
+        "between experiences (1 MB = 1,000,000 bytes); seconds are of training; needs are what a "
+        "method is given beyond labelled images as they come."
     )
 
 

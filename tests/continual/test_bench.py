@@ -260,7 +260,15 @@ def test_the_markdown_table_has_percentages_intervals_and_megabytes(tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| one"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     percentages = ["65.3 ± 3.2", "77.6 ± 1.6", "40.0 ± 0.0", "-40.0 ± 0.0"]
-    assert cells == ["one", "2", *percentages, "10", "1.00", "1.5"]
+    assert cells == ["one", "2", *percentages, "10", "1.00", "1.5", "–"]
+
+
+def test_the_table_says_what_a_method_was_given(tmp_path):
+    method = Method("one", Recorded(), {"a": 1}, needs=("boundaries", "examples"))
+    outcome = run_bench("tiny", {"one": method}, [0], tmp_path / "out", load=load)
+    assert outcome.results["methods"]["one"]["needs"] == ["boundaries", "examples"]
+    row = next(x for x in markdown_table(outcome.results).splitlines() if x.startswith("| one"))
+    assert row.endswith("| boundaries, examples |")
 
 
 def test_one_seed_has_no_interval(tmp_path):
@@ -291,7 +299,7 @@ def test_latex_and_csv_say_what_the_markdown_says(tmp_path):
     bench(tmp_path, one=Recorded())
     latex = (tmp_path / "out" / "table.tex").read_text()
     markdown = (tmp_path / "out" / "table.md").read_text()
-    assert r"\begin{tabular}{lrrrrrrrr}" in latex
+    assert r"\begin{tabular}{lrrrrrrrrr}" in latex
     final = next(line for line in markdown.splitlines() if line.startswith("| one")).split("|")[3]
     assert final.strip().replace("±", r"$\pm$") in latex
     assert latex.count(r"\\") == 2

@@ -28,12 +28,12 @@ def two_domains(**how):
 def test_every_control_is_described_and_keeps_growmoes_settings():
     mine = METHODS["growmoe"].settings
     for name, method in controls().items():
-        assert len(f"{name:<16}{method.description}") <= 80
+        assert len(f"{name:<15}{method.description}") <= 80
         assert mine.items() <= json.loads(json.dumps(dict(method.settings))).items()
         assert method.again(batch_size=10).settings["batch_size"] == 10
     assert not set(controls()) & set(METHODS)
-    assert {f"growmoe-no-{act}" for act in room.ACTS} <= set(controls())
-    assert [name for name, m in controls().items() if m.needs] == ["growmoe-oracle"]
+    assert {f"no-{act}" for act in room.ACTS} <= set(controls())
+    assert [name for name, m in controls().items() if m.needs] == ["oracle-growth"]
 
 
 def test_an_act_is_switched_off_with_the_rules_that_propose_it():
@@ -73,9 +73,9 @@ def test_every_control_fills_its_cell(name):
     stream = two_domains()
     cell = controls()[name].again(batch_size=16, early=32).run(stream, 0, silent)
     assert len(cell.accuracy_matrix) == 2 and cell.memory_bytes > 0 and cell.parameters > 0
-    if name == "growmoe-fixed":
+    if name == "fixed-mixture":
         assert not any(e["act"] == "spawn" and e["layer"] == "domains" for e in cell.lineage)
-    if name == "growmoe-no-spawn":
+    if name == "no-spawn":
         assert cell.extras["domains"] == 1
 
 

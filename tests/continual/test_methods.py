@@ -48,7 +48,7 @@ def tiny():
 
 def test_every_method_is_described_in_a_line_and_its_settings_are_json():
     for name, method in METHODS.items():
-        assert len(f"{name:<8}{method.description}") <= 80
+        assert len(f"{name:<15}{method.description}") <= 80
         assert method.settings and json.loads(json.dumps(dict(method.settings)))
 
 

@@ -26,6 +26,7 @@ from growmoe.continual.rivals.lifelong_moe import MixtureNet
 from growmoe.experts.ffn import FFN
 from growmoe.moe import MoE, aux_loss
 from growmoe.routers import TopAny
+from growmoe.routers.gate import stacked
 
 
 class DynMoE(Learner):
@@ -89,8 +90,8 @@ class DynMoE(Learner):
     def record(self, h_TD: Tensor) -> None:
         """Take a mini-batch into R_E and R_S."""
         experts = self.net.layer.experts
-        key_ED = torch.stack([e.entries.key for e in experts.values()])
-        threshold_E = torch.stack([e.entries.threshold for e in experts.values()])
+        living = list(experts.values())
+        key_ED, threshold_E = stacked(living, "key"), stacked(living, "threshold")
         cosine_TE = F.normalize(h_TD, dim=1) @ F.normalize(key_ED, dim=1).T
         accepts_TE = cosine_TE > threshold_E  # sigma keeps the order
         for id, count in zip(experts, accepts_TE.sum(0).tolist(), strict=True):

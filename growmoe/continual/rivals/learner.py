@@ -109,7 +109,7 @@ class Learner:
 class TaskLearner(Learner):
     """A method that is told the boundaries: a subclass defines `learn_experience`."""
 
-    needs = (BOUNDARIES,)
+    needs: tuple[str, ...] = (BOUNDARIES,)
 
     def learn_experience(self, experience: Experience) -> None:
         """Learn an experience."""

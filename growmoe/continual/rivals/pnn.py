@@ -92,7 +92,8 @@ class PNN(TaskLearner):
 
     def of_task(self, images: Tensor, task: int) -> Tensor:
         """Scores of the column of a task, [N, classes]."""
-        x, hidden = images.flatten(1), []
+        x = images.flatten(1)
+        hidden: list[tuple[Tensor, Tensor]] = []
         for column in self.columns[: task + 1]:
             layers, scores = column(x, hidden)
             hidden.append(layers)
