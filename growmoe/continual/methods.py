@@ -290,8 +290,7 @@ METHODS: dict[str, Method] = {
     "sema": _rival(
         "adapters on growmoe's features, added where all find inputs novel",
         build.sema,
-        on_features=True,
-        early=256,
+        **{**_ONE_PASS, "min_steps": _TRAINING["min_steps"]},
         bottleneck=48,
         threshold=1.0,
         settle=100,
