@@ -30,7 +30,6 @@ from avalanche.training.plugins import (  # noqa: E402
     LwFPlugin,
     ReplayPlugin,
     SupervisedPlugin,
-    SynapticIntelligencePlugin,
 )
 from avalanche.training.storage_policy import ClassBalancedBuffer  # noqa: E402
 from avalanche.training.supervised import DER, ER_ACE, JointTraining, Naive  # noqa: E402
@@ -266,20 +265,6 @@ def run_ewc(
         old = [*plugin.importances.values(), *plugin.saved_params.values()]
         tensors = [entry.data for entries in old for entry in entries.values()]
         return Memory(model=_weights(strategy.model), statistics=tensor_bytes(*tensors))
-
-    return run_incremental(stream, progress, training, plugin, kept)
-
-
-def run_si(
-    stream: Stream, seed: int, progress: Progress, training: Training, strength: float
-) -> Cell:
-    """Synaptic intelligence: importances from the path of each weight (arXiv:1703.04200)."""
-    plugin = SynapticIntelligencePlugin(si_lambda=strength)
-
-    def kept(strategy: Any) -> Memory:
-        # importance, old value and the path of the current experience, one number each a weight;
-        # what else the plugin keeps is overwritten at every step
-        return Memory(model=_weights(strategy.model), statistics=3 * _weights(strategy.model))
 
     return run_incremental(stream, progress, training, plugin, kept)
 

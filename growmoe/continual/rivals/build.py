@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+from torch import nn
+
 from growmoe.continual import features
 from growmoe.continual.rivals.cn_dpm import CNDPM
 from growmoe.continual.rivals.cope import CoPE
@@ -17,6 +20,7 @@ from growmoe.continual.rivals.packnet import PackNet
 from growmoe.continual.rivals.pnn import PNN
 from growmoe.continual.rivals.ranpac import RanPAC
 from growmoe.continual.rivals.sema import SEMA
+from growmoe.continual.rivals.si import SynapticIntelligence
 from growmoe.continual.rivals.slda import StreamingLDA
 from growmoe.continual.streams import Stream
 
@@ -27,6 +31,21 @@ def features_for(stream: Stream) -> Any:
     if default is not None:
         return default(stream.image_shape)
     return features.RandomPatchFeatures.for_images(*stream.image_shape[1:])
+
+
+def synaptic_intelligence(
+    stream: Stream,
+    seed: int,
+    *,
+    hidden: int,
+    learning_rate: float,
+    strength: float,
+    damping: float,
+) -> SynapticIntelligence:
+    body = two_layers(math.prod(stream.image_shape), hidden)
+    net = nn.Sequential(body, nn.Linear(hidden, stream.num_classes))
+    optimizer = torch.optim.Adam(net.parameters(), lr=learning_rate, fused=True)
+    return SynapticIntelligence(net, optimizer, strength=strength, damping=damping)
 
 
 def icarl(stream: Stream, seed: int, *, hidden: int, learning_rate: float, exemplars: int) -> ICaRL:
