@@ -20,7 +20,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 setup: $(VENV)/.installed
 
 bench: setup
-	$(BIN)/growmoe bench split-digits --seeds 3 --output runs/split-digits
+	$(BIN)/growmoe bench split-digits --seeds 3 --output runs/split-digits \
+	  --methods growmoe,ridge,ridge-wide,slda,ranpac,replay,ewc,lwf,naive,joint
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2
