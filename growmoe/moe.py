@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from growmoe.capacity import Capacity
 from growmoe.experts.bank import ExpertBank, run_each
@@ -208,7 +210,7 @@ class MoE(nn.Module):
                 self._aux = aux  # a pass without gradients does not displace one with
             if recording:
                 self.steps += 1
-                self.router.observe(experts, chosen)
+                self.router.observe(experts, self._of_all(chosen))
                 self.recorder.observe_capacity(chosen.assignment, routing.assignment)
                 self.recorder.observe(
                     experts,
@@ -234,6 +236,10 @@ class MoE(nn.Module):
         if any(e.admission < 1 for e in experts):
             admission_E = torch.tensor([e.admission for e in experts], device=x_TD.device)
         return self.router(x_TD, experts, admission_E, context)
+
+    def _of_all(self, routing: Routing) -> Routing:
+        """The same with the counts of all workers' tokens; here there is one worker."""
+        return routing
 
     def _within_capacity(self, chosen: Routing) -> Routing:
         if self.capacity is None:
@@ -300,8 +306,22 @@ class MoE(nn.Module):
             *self.losses.items(),
         ):
             if coefficient:
-                losses.append(coefficient * loss(routing))
+                losses.append(coefficient * loss(self._seen_by(loss, routing)))
         return torch.stack(losses).sum() if losses else None
+
+    def _seen_by(self, loss: Callable[[Routing], Tensor], routing: Routing) -> Routing:
+        return routing
+
+    @contextmanager
+    def gathered(
+        self, ids: Sequence[int] | None = (), optimizers: Sequence[Optimizer] = ()
+    ) -> Iterator[None]:
+        """Inside, what is asked of any expert is answered; the weights of `ids` are here.
+
+        Args:
+            ids: with what the optimizers keep of them; None stands for all the living.
+        """
+        yield
 
     def aux_loss(self) -> Tensor | None:
         """The auxiliary loss of the last training forward, once; None if there was none since.

@@ -162,7 +162,8 @@ class Organizer:
         # all speak before any is carried out: signals are of the layer as it was
         proposals: list[Proposal] = []
         for rule in self.rules:
-            said = rule.propose(signals)
+            with layer.gathered():
+                said = rule.propose(signals)
             if not isinstance(said, (list, tuple)):
                 raise ValueError(f"{rule!r}.propose must return a list of Proposal, got {said!r}")
             proposals += said

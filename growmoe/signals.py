@@ -113,17 +113,31 @@ class Recorder(nn.Module):
     @torch.no_grad()
     def observe_capacity(self, chosen: Assignment, kept: Assignment) -> None:
         """Write how uneven the router's choice was and how much of it capacity dropped."""
-        rows = len(chosen.token_R)
+        count_E, rows = self._counts(chosen)
         if not rows:
             return
-        ratio = chosen.counts_E.max() * (chosen.num_experts / rows)
+        ratio = count_E.max() * (chosen.num_experts / rows)
         self.imbalance[0] += RATE * (ratio - self.imbalance[0])
         if kept is chosen:
             return
-        lost = rows - len(kept.token_R)
+        lost = rows - self._counts(kept)[1]
         self.dropped[0] += RATE * (lost / rows - self.dropped[0])
         self.dropped[1] += lost
-        self.dropped[2] += _inputs(chosen) - _inputs(kept)
+        self.dropped[2] += self._total(_inputs(chosen) - _inputs(kept))
+
+    # Where several workers share the experts, each has a part of the rows; here it is all of them.
+
+    def _counts(self, assignment: Assignment) -> tuple[Tensor, int]:
+        """Rows of each expert, int64 [E], and in all."""
+        return assignment.counts_E, len(assignment.token_R)
+
+    def _total(self, value: Tensor) -> Tensor:
+        """The sum over all workers."""
+        return value
+
+    def _at(self, value_TX: Tensor, assignment: Assignment, row_N: Tensor) -> Tensor:
+        """float32 [N, X]: what belongs to the tokens of these rows, counted in expert order."""
+        return value_TX[assignment.token_R[row_N]].float()
 
     @torch.no_grad()
     def observe(
@@ -137,8 +151,9 @@ class Recorder(nn.Module):
     ) -> None:
         """Write one training forward into the records."""
         r = self.records(experts)
-        count_E = assignment.counts_E.float()
-        rows, hit_E = max(len(assignment.token_R), 1), count_E > 0
+        counts_E, num_rows = self._counts(assignment)
+        count_E = counts_E.float()
+        rows, hit_E = max(num_rows, 1), count_E > 0
         r["age"] += 1
         r["idle"] = torch.where(hit_E, 0.0, r["idle"] + 1)
         r["rows"] += count_E
@@ -149,33 +164,40 @@ class Recorder(nn.Module):
         norm_R = torch.linalg.vector_norm(out_RO.float(), dim=1)
         # overflow is ordinary in half precision and must not stick to a running mean
         norm_E = _sum_rows(torch.where(norm_R.isfinite(), norm_R, 0.0), assignment)
+        tokens_1 = mass_E.new_tensor([float(assignment.num_tokens)])
+        total = self._total(torch.cat([mass_E, norm_E, tokens_1]))
+        mass_E, norm_E, tokens_1 = total.split([len(mass_E), len(norm_E), 1])
         count1_E = count_E.clamp_min(1)
         r["load"] += rate_E * (count_E / rows - r["load"])
-        r["gate_mass"] += rate_E * (mass_E / max(assignment.num_tokens, 1) - r["gate_mass"])
+        r["gate_mass"] += rate_E * (mass_E / tokens_1.clamp_min(1) - r["gate_mass"])
         r["confidence"] += hit_rate_E * (mass_E / count1_E - r["confidence"])
         r["output_norm"] += hit_rate_E * (norm_E / count1_E - r["output_norm"])
         self._last, self._last_ids = assignment, [e.id for e in experts]
-        if len(assignment.token_R):
-            self._observe_novelty(r, x_TD, assignment, hit_rate_E, candidates_TE)
-            self._keep_evidence(r, x_TD, assignment, hit_E, generator)
+        if num_rows:
+            row_N, keep = self._evidence(r, counts_E, num_rows, generator)
+            row_Q = torch.arange(0, num_rows, -(-num_rows // SAMPLE), device=x_TD.device)
+            wanted_TX = x_TD if candidates_TE is None else torch.cat([x_TD, candidates_TE], 1)
+            at_X = self._at(wanted_TX, assignment, torch.cat([row_Q, row_N]))
+            x_QD, x_ND = at_X[:, : self.d_model].split([len(row_Q), len(row_N)])
+            expert_Q = torch.searchsorted(counts_E.cumsum(0), row_Q, right=True)
+            judges_QE = None if candidates_TE is None else at_X[: len(row_Q), self.d_model :] > 0
+            self._observe_novelty(r, x_QD, expert_Q, hit_rate_E, judges_QE)
+            if len(row_N):
+                self._keep_evidence(r, x_ND, hit_E & keep[0], keep[1])
 
     def _observe_novelty(
         self,
         r: RecordView,
-        x_TD: Tensor,
-        assignment: Assignment,
+        x_QD: Tensor,
+        expert_Q: Tensor,
         hit_rate_E: Tensor,
-        candidates_TE: Tensor | None,
+        candidates_QE: Tensor | None,
     ) -> None:
-        step = -(-len(assignment.token_R) // SAMPLE)
-        token_Q = assignment.token_R[::step]
-        x_QD = x_TD[token_Q].float()
         finite_Q = x_QD.isfinite().all(1)
         x_QD = torch.where(finite_Q[:, None], x_QD, 0.0)
-        expert_Q = assignment.expert_R[::step]
         z_QE = distance_z(r, x_QD)
         ready_E = r["hits"] > READY_HITS
-        judge_QE = ready_E if candidates_TE is None else ready_E & candidates_TE[token_Q]
+        judge_QE = ready_E if candidates_QE is None else ready_E & candidates_QE
         nearest_Q = z_QE.masked_fill(~judge_QE, torch.inf).amin(1)
         novel_Q = (nearest_Q > NOVEL_Z) & nearest_Q.isfinite() & finite_Q
         own_z_Q = z_QE.gather(1, expert_Q[:, None])[:, 0]
@@ -230,32 +252,31 @@ class Recorder(nn.Module):
         novel[2] += novel_Q.sum()
         novel[3:] += (x_QD * novel_Q[:, None]).sum(0)
 
-    def _keep_evidence(
-        self,
-        r: RecordView,
-        x_TD: Tensor,
-        assignment: Assignment,
-        hit_E: Tensor,
-        generator: torch.Generator,
-    ) -> None:
-        """Reservoir sampling (Vitter 1985), one candidate a forward, that never stops renewing."""
-        held = r.evidence.shape[1]
+    def _evidence(
+        self, r: RecordView, counts_E: Tensor, num_rows: int, generator: torch.Generator
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """One candidate row of each expert, whether it is kept and in which slot.
+
+        Reservoir sampling (Vitter 1985) that never stops renewing.
+        """
+        held, device = r.evidence.shape[1], counts_E.device
         if not held:
-            return
-        draw_2E = torch.rand(2, len(hit_E), generator=generator).to(x_TD.device)
-        count_E = assignment.counts_E
-        start_E = count_E.cumsum(0) - count_E
-        row_E = start_E + (draw_2E[0] * count_E).long().clamp_max(count_E - 1).clamp_min(0)
-        row_E = row_E.clamp_max(len(assignment.token_R) - 1)
+            return counts_E[:0], (counts_E, counts_E)
+        draw_2E = torch.rand(2, len(counts_E), generator=generator).to(device)
+        start_E = counts_E.cumsum(0) - counts_E
+        row_E = start_E + (draw_2E[0] * counts_E).long().clamp_max(counts_E - 1).clamp_min(0)
         seen_E = r["hits"].long() - 1
         slot_E = torch.where(
             seen_E < held, seen_E, (draw_2E[1] * seen_E.clamp(1, 50 * held)).long()
         )
-        keep_E = hit_E & (slot_E >= 0) & (slot_E < held)
-        slot_E = slot_E.clamp(0, held - 1)
-        expert_E = torch.arange(len(hit_E), device=x_TD.device)
-        candidate_ED = x_TD[assignment.token_R[row_E]].float()
-        keep_E &= candidate_ED.isfinite().all(1)
+        keep_E = (slot_E >= 0) & (slot_E < held)
+        return row_E.clamp_max(num_rows - 1), (keep_E, slot_E.clamp(0, held - 1))
+
+    def _keep_evidence(
+        self, r: RecordView, candidate_ED: Tensor, keep_E: Tensor, slot_E: Tensor
+    ) -> None:
+        expert_E = torch.arange(len(keep_E), device=keep_E.device)
+        keep_E = keep_E & candidate_ED.isfinite().all(1)
         old_ED = r.evidence[expert_E, slot_E]
         r.evidence[expert_E, slot_E] = torch.where(keep_E[:, None], candidate_ED, old_ED)
 
@@ -284,14 +305,15 @@ class Recorder(nn.Module):
         loss_N = loss.detach().float().reshape(-1).to(self.novel.device)
         loss_T = loss_N.repeat_interleave(tokens // len(loss_N))
         finite_T = loss_T.isfinite()
-        self.lost += (~loss_N.isfinite()).sum()
+        self.lost += self._total((~loss_N.isfinite()).sum())
         r = self.records(experts)
         if [e.id for e in experts] != self._last_ids:
             return  # surgery since that forward: its positions are not today's
         finite_R = finite_T[self._last.token_R].float()
         loss_R = torch.where(finite_T, loss_T, 0.0)[self._last.token_R]
-        count_E = _sum_rows(finite_R, self._last)
-        mean_E = _sum_rows(loss_R, self._last) / count_E.clamp_min(1)
+        sums = torch.stack([_sum_rows(finite_R, self._last), _sum_rows(loss_R, self._last)])
+        count_E, loss_E = self._total(sums)
+        mean_E = loss_E / count_E.clamp_min(1)
         hit_E = count_E > 0
         r["loss_count"] += hit_E
         first_E = r["loss_count"].clamp_min(1)

@@ -87,7 +87,7 @@ def spawn(
         raise ValueError(
             f"spawn: toward must be a tensor of {layer.d_model} finite numbers, got {toward!r:.80}"
         )
-    with _transaction(layer, optimizer) as optimizers:
+    with _transaction(layer, optimizer, None if parent is None else [parent]) as optimizers:
         living = list(layer.experts.values())
         mother = None if parent is None else layer.experts[parent]
         if mother is None:
@@ -134,7 +134,7 @@ def merge(
         raise ValueError(f"merge: at least two experts, got {list(ids)}")
     rest = [e for e in layer.experts.values() if e.id not in ids]
     _check_left(layer, len(rest) + 1, "merge", ids)
-    with _transaction(layer, optimizer) as optimizers:
+    with _transaction(layer, optimizer, ids) as optimizers:
         rows = {id: layer.experts[id].statistics["rows"] for id in ids}
         parents = [layer.experts[id] for id in sorted(ids, key=lambda id: (-rows[id], id))]
         weights = [rows[e.id] for e in parents] if any(rows.values()) else [1.0] * len(parents)
@@ -277,8 +277,13 @@ def _check_left(layer: MoE, left: int, act: str, ids: Sequence[int]) -> None:
 
 
 @contextmanager
-def _transaction(layer: MoE, optimizer: Optimizers) -> Iterator[list[Optimizer]]:
-    """Check who else holds the layer; on any error put everything back."""
+def _transaction(
+    layer: MoE, optimizer: Optimizers, ids: Sequence[int] | None = ()
+) -> Iterator[list[Optimizer]]:
+    """Check who else holds the layer; on any error put everything back.
+
+    `ids` are those whose weights and moments are needed, None all.
+    """
     optimizers = optim.as_optimizers(optimizer)
     refuse_parallel_wrappers(layer)
     refuse_unseen_optimizers(layer, optimizers)
@@ -287,7 +292,7 @@ def _transaction(layer: MoE, optimizer: Optimizers) -> Iterator[list[Optimizer]]
     rollback = optim.Rollback(optimizers)
     try:
         # inference tensors have no version counters and could never be trained
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), layer.gathered(ids, optimizers):
             yield optimizers
     except BaseException:
         layer.experts.replace(experts)

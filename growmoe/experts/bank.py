@@ -60,7 +60,10 @@ class ExpertBank(nn.Module, Mapping[int, Expert]):
     def forward(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
         """Each row through its expert: [T, D] -> [R, O], rows sorted by expert."""
         experts: list[Expert] = list(self._modules.values())  # type: ignore[arg-type]
-        x_RD = assignment.dispatch(x_TD)
+        return self.run(experts, assignment.dispatch(x_TD), assignment)
+
+    def run(self, experts: list[Expert], x_RD: Tensor, assignment: Assignment) -> Tensor:
+        """Rows sorted by expert through these: [R, D] -> [R, O]; of the rest, counts are read."""
         if torch._C._functorch.peek_interpreter_stack() is not None:
             # under a functorch transform Parameters are not what they seem
             return run_each(experts, x_RD, assignment, self.d_out)

@@ -68,9 +68,9 @@ class ReMoE(Router):
 
     @torch.no_grad()
     def observe(self, experts: Sequence[Expert], routing: Routing) -> None:
-        rows, tokens = len(routing.assignment.token_R), routing.assignment.num_tokens
+        rows, tokens = routing.assignment.counts_E.sum(), routing.assignment.num_tokens
         if tokens:
-            self.lambda_pending.fill_((rows > self.k * tokens) - (rows < self.k * tokens))
+            self.lambda_pending.copy_(torch.sign(rows - self.k * tokens))
 
     def forward(
         self,

@@ -1,0 +1,341 @@
+"""Shares a model's experts out among workers, and keeps what is not shared out the same."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
+
+from growmoe.distributed.bank import Holders
+from growmoe.distributed.carried import has_own_tensors, size_of
+from growmoe.distributed.layer import ParallelMoE
+from growmoe.distributed.placement import Placement, evenly, imbalance, place
+from growmoe.distributed.workers import Workers
+from growmoe.live import refuse_parallel_wrappers
+from growmoe.moe import MoE, moe_layers
+from growmoe.optim import as_optimizers
+from growmoe.routers.closed_form import ClosedFormGate
+
+
+def expert_parallel(
+    model: nn.Module,
+    group: Any = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    *,
+    placement: Mapping[str, Mapping[int, Sequence[int] | int]] | None = None,
+) -> Parallel:
+    """Share every bank's experts out among the workers of a process group.
+
+    Each worker then trains on its own part of the batch. Rows travel to the worker that holds
+    their expert and back; all else in the model, routing keys included, is replicated, and its
+    gradients are averaged at the end of each backward. So if each worker's loss is the mean over
+    its tokens, and all have equally many, training equals that of one process with all of them.
+    Every worker must do the same things in the same order: forwards, backwards, steps of the
+    organizer, surgery.
+
+    Args:
+        model: the same on each worker; its values are taken from the first.
+        group: of `torch.distributed`; the default group if left out.
+        optimizer: one or several; moments move with the experts. Pass each that holds experts.
+        placement: {layer: {id: rank or ranks}}; several ranks replicate an expert. Experts left out
+            are spread by number, in order of id.
+
+    Returns:
+        A handle to balance, clip, save and load with.
+
+    Raises:
+        ValueError: no MoE layer, a layer that cannot be shared out (offloaded, wrapped in
+            DistributedDataParallel or FSDP, a router that reads its experts' weights), or a
+            placement of unknown experts or ranks.
+        RuntimeError: no process group, or the workers' models or versions differ.
+    """
+    if not distributed.is_available() or not distributed.is_initialized():
+        raise RuntimeError(
+            "expert_parallel: call torch.distributed.init_process_group first, or use "
+            "growmoe.distributed.fit"
+        )
+    optimizers = as_optimizers(optimizer)
+    workers = Workers(group)
+    problem = _problem(model)
+    for rank, other in enumerate(workers.objects(problem)):
+        if other is not None:  # on all workers, or the others would wait
+            raise ValueError(f"expert_parallel: worker {rank}: {other}")
+    _same_everywhere(model, workers)
+    layers = moe_layers(model)
+    chosen: dict[str, Holders] = {}
+    for name, layer in layers.items():
+        given = dict((placement or {}).get(name, {}))
+        chosen[name] = {
+            id: _ranks(given.pop(id, rank), id, workers.size)
+            for id, rank in evenly(list(layer.experts), workers.size).items()
+        }
+        if given:
+            raise ValueError(f"placement: layer {name!r} has no experts {sorted(given)}")
+    if placement and set(placement) - set(layers):
+        raise ValueError(
+            f"placement: the model has no layers {sorted(set(placement) - set(layers))}"
+        )
+    with torch.no_grad():
+        for t in (*model.parameters(), *model.buffers()):
+            distributed.broadcast(t, group=workers.group, group_src=0)
+    for name, layer in layers.items():
+        layer.set_extra_state(workers.told(layer.get_extra_state(), 0))
+        layer.__class__ = ParallelMoE
+        cast(ParallelMoE, layer).enter(workers, chosen[name])
+        cast(ParallelMoE, layer).experts.settle(optimizers)
+    return Parallel(model, workers, optimizers)
+
+
+class Parallel:
+    """A model whose experts are shared out.
+
+    Attributes:
+        workers: the group, and the bytes sent.
+        layers: by name.
+    """
+
+    def __init__(self, model: nn.Module, workers: Workers, optimizers: list[Optimizer]) -> None:
+        self.model, self.workers, self.optimizers = model, workers, optimizers
+        self.layers = cast("dict[str, ParallelMoE]", moe_layers(model))
+        self.pinned: dict[str, dict[int, tuple[int, ...]]] = {}
+        self._uneven: dict[str, int] = {}
+        workers.after_backward = self._average
+
+    def holders(self) -> dict[str, Holders]:
+        """{layer: {id: ranks}}."""
+        return {
+            name: {id: layer.experts.holders[id] for id in layer.experts}
+            for name, layer in self.layers.items()
+        }
+
+    def loads(self) -> dict[str, dict[int, float]]:
+        """{layer: {id: running share of the layer's rows}}."""
+        return {
+            name: {id: e.statistics["load"] for id, e in layer.experts.items()}
+            for name, layer in self.layers.items()
+        }
+
+    def imbalance(self) -> dict[str, float]:
+        """{layer: load of the busiest worker over the mean}, by the running loads."""
+        held, loads = self.holders(), self.loads()
+        return {n: imbalance(held[n], loads[n], self.workers.size) for n in self.layers}
+
+    # Gradients.
+
+    def replicated(self) -> Iterator[nn.Parameter]:
+        """The parameters that every worker has: all but those of the experts' bodies."""
+        bodies = {
+            id(p)
+            for layer in self.layers.values()
+            for e in layer.experts.values()
+            for p in e.body.parameters()
+        }
+        return (p for p in self.model.parameters() if id(p) not in bodies)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        self.workers.queued = False
+        learned = [p for p in self.replicated() if p.requires_grad]
+        if not learned:
+            return
+        has = torch.tensor([p.grad is not None for p in learned], device=learned[0].device)
+        has = self.workers.total(has.to(torch.int32), "gradients")
+        groups: dict[Any, list[nn.Parameter]] = {}
+        for p, count in zip(learned, has.tolist(), strict=True):
+            if count:
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+                groups.setdefault((p.grad.dtype, p.device), []).append(p)
+        for members in groups.values():
+            flat = torch.cat([p.grad.flatten() for p in members])  # type: ignore[union-attr]
+            flat = self.workers.total(flat, "gradients") / self.workers.size
+            for p, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
+                p.grad.copy_(part.view_as(p))  # type: ignore[union-attr]
+        for layer in self.layers.values():
+            for id, e in layer.experts.items():
+                if len(layer.experts.holders[id]) > 1 and layer.experts.holds(id):
+                    self._average_replicas(layer.experts.holders[id], list(e.body.parameters()))
+
+    def _average_replicas(self, ranks: Sequence[int], parameters: list[nn.Parameter]) -> None:
+        """The mean over the holders, by the lead; None where none of them has a gradient."""
+        lead, group = ranks[0], self.workers.group
+        parameters = [p for p in parameters if p.requires_grad]
+        if not parameters:
+            return
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        has = grads[0].new_tensor([any(p.grad is not None for p in parameters)])
+        flat = torch.cat([*(g.flatten() for g in grads), has])
+        if self.workers.rank == lead:
+            for other in ranks[1:]:
+                part = torch.empty_like(flat)
+                distributed.recv(part, group=group, group_src=other)
+                flat += part
+            for other in ranks[1:]:
+                distributed.send(flat, group=group, group_dst=other)
+        else:
+            distributed.send(flat, group=group, group_dst=lead)
+            distributed.recv(flat, group=group, group_src=lead)
+        self.workers.sent["gradients"] += flat.nbytes * (
+            len(ranks) - 1 if self.workers.rank == lead else 1
+        )
+        if flat[-1] > 0:
+            mean = flat[:-1] / len(ranks)
+            for p, part in zip(
+                parameters, mean.split([p.numel() for p in parameters]), strict=True
+            ):
+                p.grad = part.view_as(p).clone()
+
+    def gradient_norm(self) -> Tensor:
+        """The Euclidean norm of all gradients, every expert counted once: a float64 scalar."""
+        own = [
+            p
+            for layer in self.layers.values()
+            for id, e in layer.experts.items()
+            if layer.experts.holders[id][0] == self.workers.rank
+            for p in e.body.parameters()
+        ]
+        everyone = list(self.replicated())
+        device = everyone[0].device if everyone else torch.device("cpu")
+
+        def squares(parameters: Sequence[nn.Parameter]) -> Tensor:
+            return sum(
+                (p.grad.double().square().sum() for p in parameters if p.grad is not None),
+                torch.zeros((), dtype=torch.float64, device=device),
+            )
+
+        return (squares(everyone) + self.workers.total(squares(own))).sqrt()
+
+    @torch.no_grad()
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """As `torch.nn.utils.clip_grad_norm_`, over all workers' experts; returns the norm."""
+        norm = self.gradient_norm()
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for p in self.model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(scale.to(p.grad))
+        return norm
+
+    @torch.no_grad()
+    def share_overflow(self) -> bool:
+        """After backward with a `GradScaler`: what overflowed anywhere overflows everywhere.
+
+        Else one worker would skip the step and the others not. Returns whether any did.
+        """
+        norm = self.gradient_norm()
+        if bool(norm.isfinite()):
+            return False
+        for p in self.replicated():
+            if p.grad is not None:
+                p.grad.fill_(torch.inf)
+                break
+        return True
+
+    # Placement.
+
+    def pin(self, layer: str, id: int, ranks: int | Sequence[int]) -> None:
+        """Have an expert stay on these workers; the next `rebalance` brings it there."""
+        if id not in self.layers[layer].experts:
+            raise ValueError(f"pin: layer {layer!r} has no expert {id}")
+        self.pinned.setdefault(layer, {})[id] = _ranks(ranks, id, self.workers.size)
+
+    def place(self, holders: Mapping[str, Mapping[int, Sequence[int]]]) -> int:
+        """Move experts, with moments and pending gradients; returns the bytes of weights moved."""
+        moved = 0
+        for name, wanted in holders.items():
+            bank = self.layers[name].experts
+            whole = {
+                id: _ranks(wanted.get(id, bank.holders[id]), id, self.workers.size) for id in bank
+            }
+            moved += bank.move(whole, self.optimizers)
+        return moved
+
+    def rebalance(self, tolerance: float = 1.1, replicas: int = 0) -> dict[str, Placement]:
+        """Even out the workers' loads, moving as little as needed.
+
+        Args:
+            tolerance: load of the busiest worker over the mean to be content with.
+            replicas: how many further copies of hot experts a layer may have.
+
+        Returns:
+            What was done with each layer.
+        """
+        loads, plans = self.loads(), {}
+        for name, layer in self.layers.items():
+            sizes = {id: size_of(e) for id, e in layer.experts.items()}
+            pinned = {i: r for i, r in self.pinned.get(name, {}).items() if i in layer.experts}
+            held = {id: layer.experts.holders[id] for id in layer.experts}
+            plans[name] = place(
+                loads[name], held, self.workers.size, sizes,
+                pinned=pinned, tolerance=tolerance, replicas=replicas,
+            )  # fmt: skip
+            layer.experts.move(plans[name].holders, self.optimizers)
+        return plans
+
+    def step(
+        self, *, tolerance: float = 1.3, patience: int = 3, **options: Any
+    ) -> dict[str, Placement]:
+        """Call every so many steps: rebalance if a layer was uneven `patience` times in a row."""
+        for name, ratio in self.imbalance().items():
+            self._uneven[name] = self._uneven.get(name, 0) + 1 if ratio > tolerance else 0
+        if max(self._uneven.values(), default=0) < patience:
+            return {}
+        self._uneven.clear()
+        return self.rebalance(**options)
+
+
+def _ranks(value: int | Sequence[int], id: int, size: int) -> tuple[int, ...]:
+    ranks = (value,) if isinstance(value, int) else tuple(value)
+    if not ranks or len(set(ranks)) != len(ranks) or not all(0 <= r < size for r in ranks):
+        raise ValueError(f"placement: expert {id} on {value!r}, but there are ranks 0..{size - 1}")
+    return ranks
+
+
+def _problem(model: nn.Module) -> str | None:
+    """Why the model cannot be shared out."""
+    layers = moe_layers(model)
+    if not layers:
+        return f"{type(model).__name__} has no MoE layer"
+    for name, layer in layers.items():
+        if type(layer) is not MoE:
+            return (
+                f"layer {name!r} is a {type(layer).__name__}, shared out already or of another kind"
+            )
+        if type(layer.experts).__name__ != "ExpertBank":
+            return f"the experts of layer {name!r} are offloaded: restore() them first"
+        if isinstance(layer.router, ClosedFormGate):
+            return f"the router of layer {name!r} decides by its experts' weights"
+        try:
+            refuse_parallel_wrappers(layer)
+        except ValueError as error:
+            return str(error)
+        for expert in layer.experts.values():
+            if any(isinstance(m, MoE) for m in expert.body.modules()):
+                return f"expert {expert.id} of layer {name!r} holds a mixture of its own"
+            if why := has_own_tensors(expert):
+                return f"expert {expert.id} of layer {name!r}: {why}"
+    owners = [p for e in _experts(layers) for p in e.body.parameters()]
+    if len({id(p) for p in owners}) < len(owners):
+        return "experts share parameters (tied)"
+    return None
+
+
+def _experts(layers: Mapping[str, MoE]) -> Iterator[Any]:
+    return (e for layer in layers.values() for e in layer.experts.values())
+
+
+def _same_everywhere(model: nn.Module, workers: Workers) -> None:
+    import growmoe
+
+    versions = {"growmoe": growmoe.__version__, "torch": torch.__version__.split("+")[0]}
+    workers.agree({**versions, "python": platform.python_version()[:4]}, "versions")
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    workers.agree([(n, str(t.dtype), tuple(t.shape)) for n, t in tensors], "models")
+    experts = {
+        name: (layer.next_id, layer.steps, [e.get_extra_state() for e in layer.experts.values()])
+        for name, layer in moe_layers(model).items()
+    }
+    workers.agree(experts, "experts")
