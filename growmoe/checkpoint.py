@@ -11,7 +11,7 @@ import os
 import random
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from growmoe.organizer import Organizer
 from growmoe.structure import differs, saved_structure
 
 FORMAT = "growmoe-checkpoint-1"
+SHARD = "growmoe-shard-1"
+MAIN = "main.safetensors"  # of a folder; the other files are shards, which it names
 
 
 def save(
@@ -82,7 +84,7 @@ def load(
     """Read a checkpoint into a model built with any number of experts.
 
     Args:
-        path: what `save` wrote.
+        path: what `save` wrote, or the folder that `growmoe.distributed.save` did.
         model: of the same architecture; its MoE layers take the saved structure.
         optimizer, organizer, scheduler: those that were saved, in the same order. One that was
             saved may be left out, but where the structure differs no optimizer that is alive on
@@ -345,6 +347,53 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        return _read_file(path)
+    content = _read_file(path / MAIN)
+    for name in content["shards"]:
+        for part in read_shard(path / name):
+            content["model"] |= part["model"]
+            for saved, state in zip(content["optimizers"], part["state"], strict=True):
+                saved["state"] |= state
+    return content
+
+
+def write_shard(path: Path, parts: dict[str, Any]) -> None:
+    """Write experts, each with a checksum of its own, so that it can be read by itself.
+
+    Args:
+        parts: name -> {"model": state dict entries, "state": those of each optimizer}.
+    """
+    tensors: dict[str, Tensor] = {}
+    listed = {}
+    for name, part in parts.items():
+        own: dict[str, Tensor] = {}
+        text = json.dumps(_encode(part, name, own))
+        listed[name] = [text, _checksum(text, own), list(own)]
+        tensors |= own
+    _write(path, tensors, {"format": SHARD, "parts": json.dumps(listed)})
+
+
+def read_shard(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[Any]:
+    """The parts that are wanted by name; raises ValueError as `load` does."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != SHARD:
+                raise ValueError(f"{path} is no shard of a checkpoint")
+            for name, (text, checksum, names) in json.loads(metadata["parts"]).items():
+                if wanted(name):
+                    own = {n: file.get_tensor(n) for n in names}
+                    if _checksum(text, own) != checksum:
+                        raise ValueError(f"{path} is damaged: the checksum of {name} is wrong")
+                    yield _decode(json.loads(text), own)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is torn or no shard: {error}") from error
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:

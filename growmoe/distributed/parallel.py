@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -233,6 +234,18 @@ class Parallel:
                 p.grad.fill_(torch.inf)
                 break
         return True
+
+    @contextmanager
+    def states_open(self) -> Iterator[None]:
+        """Inside, `state_dict` and `load_state_dict` speak of what is here, and NaN elsewhere."""
+        banks = [layer.experts for layer in self.layers.values()]
+        for bank in banks:
+            bank.__dict__["_open"] = True
+        try:
+            yield
+        finally:
+            for bank in banks:
+                bank.__dict__["_open"] = False
 
     # Placement.
 
