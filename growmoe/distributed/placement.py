@@ -91,11 +91,14 @@ def place(
     before = imbalance(held, loads, workers)
     state = _State(loads, {**{id: tuple(r) for id, r in held.items()}, **pinned}, workers, slots)
     state.fixed = set(pinned)
+    asked, start = dict(state.holders), max(state.total)
     mean = sum(loads[id] for id in held) / workers
     if mean > 0:
         _replicate(state, mean, tolerance, replicas)
         while max(state.total) > tolerance * mean and state.improve(sizes):
             pass
+    if max(state.total) > start * (1 + 1e-9):  # copies dropped that could not be made up for
+        state.holders = asked
     moved = sum(sizes[id] * len(set(state.holders[id]) - set(held[id])) for id in held)
     after = imbalance(state.holders, loads, workers)
     return Placement(dict(sorted(state.holders.items())), before, after, moved)
@@ -166,13 +169,14 @@ def _replicate(state: _State, mean: float, tolerance: float, replicas: int) -> N
     free = [id for id in state.holders if id not in state.fixed]
     for id in free:  # first those that have cooled down
         while len(state.holders[id]) > 1 and (
-            state.loads[id] / (len(state.holders[id]) - 1) < 0.8 * tolerance * mean
+            state.loads[id] / (len(state.holders[id]) - 1) <= mean * (1 + 1e-9)
         ):
-            state.set(id, state.holders[id][:-1])
+            busiest = max(state.holders[id], key=state.total.__getitem__)
+            state.set(id, tuple(r for r in state.holders[id] if r != busiest))
     spare = replicas - sum(len(r) - 1 for r in state.holders.values())
     heap = [(-state.part(id), id) for id in free]
     heapify(heap)
-    while spare > 0 and heap and -heap[0][0] > tolerance * mean:
+    while spare > 0 and heap and -heap[0][0] > mean / 2:  # larger pieces pack badly
         id = heap[0][1]
         rank = state.lightest(state.holders[id])
         if rank is None:
