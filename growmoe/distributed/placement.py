@@ -167,16 +167,18 @@ class _State:
 
 def _replicate(state: _State, mean: float, tolerance: float, replicas: int) -> None:
     free = [id for id in state.holders if id not in state.fixed]
+    # a worker of many experts is packed badly with large pieces, one of few has no others
+    most = mean / 2 if len(state.holders) >= 4 * len(state.total) else tolerance * mean
     for id in free:  # first those that have cooled down
         while len(state.holders[id]) > 1 and (
-            state.loads[id] / (len(state.holders[id]) - 1) <= mean * (1 + 1e-9)
+            state.loads[id] / (len(state.holders[id]) - 1) <= most
         ):
             busiest = max(state.holders[id], key=state.total.__getitem__)
             state.set(id, tuple(r for r in state.holders[id] if r != busiest))
     spare = replicas - sum(len(r) - 1 for r in state.holders.values())
     heap = [(-state.part(id), id) for id in free]
     heapify(heap)
-    while spare > 0 and heap and -heap[0][0] > mean / 2:  # larger pieces pack badly
+    while spare > 0 and heap and -heap[0][0] > most:
         id = heap[0][1]
         rank = state.lightest(state.holders[id])
         if rank is None:
