@@ -24,6 +24,7 @@ LEVELS = [
     {"surgery", "rules"},
     {"organizer"},
     {"checkpoint"},
+    {"distributed"},
 ]
 CORE = set().union(*LEVELS)
 HEAVY = {

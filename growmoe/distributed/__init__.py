@@ -1,6 +1,6 @@
-"""Experts across workers: sharing out, placement, checkpoints, survival; on Ray or by hand.
+"""Experts across workers of a torch.distributed process group: sharing out, placement, checkpoints.
 
-Start reading at `growmoe.distributed.parallel`. Ray is needed for `fit` alone.
+Start reading at `growmoe.distributed.parallel`.
 """
 
 from growmoe.distributed.checkpoint import load, save

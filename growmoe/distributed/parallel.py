@@ -56,8 +56,8 @@ def expert_parallel(
     """
     if not distributed.is_available() or not distributed.is_initialized():
         raise RuntimeError(
-            "expert_parallel: call torch.distributed.init_process_group first, or use "
-            "growmoe.distributed.fit"
+            "expert_parallel: call torch.distributed.init_process_group first (Ray Train, "
+            "torchrun and others do it for you)"
         )
     optimizers = as_optimizers(optimizer)
     workers = Workers(group)
