@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -341,9 +342,8 @@ def _experts(layers: Mapping[str, MoE]) -> Iterator[Any]:
 
 
 def _same_everywhere(model: nn.Module, workers: Workers) -> None:
-    import growmoe
-
-    versions = {"growmoe": growmoe.__version__, "torch": torch.__version__.split("+")[0]}
+    own = sys.modules["growmoe"].__version__  # the package itself lies above this room
+    versions = {"growmoe": own, "torch": torch.__version__.split("+")[0]}
     workers.agree({**versions, "python": platform.python_version()[:4]}, "versions")
     tensors = (*model.named_parameters(), *model.named_buffers())
     workers.agree([(n, str(t.dtype), tuple(t.shape)) for n, t in tensors], "models")
