@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from growmoe.experts.expert import Expert, fresh_body, kind_of, seeded
 from growmoe.experts.ffn import FFN
 from growmoe.experts.statistics import Statistics
-from growmoe.experts.zero_computation import Constant, Copy, Zero
+from growmoe.experts.zero_computation import Constant, Copy, Novice, Zero
 from growmoe.routers.gate import Entry
 
 Saved = dict[int, dict[str, Any]]
 Template = nn.Module | Callable[[], nn.Module]
 OWN: dict[str, type[nn.Module]] = {
-    f"{cls.__module__}.{cls.__qualname__}": cls for cls in (Zero, Copy, Constant)
+    f"{cls.__module__}.{cls.__qualname__}": cls for cls in (Zero, Copy, Constant, Novice)
 }
 
 

@@ -108,6 +108,8 @@ def merge(
     ids: Sequence[int],
     optimizer: Optimizers = None,
     *,
+    body: nn.Module | None = None,
+    weights: Sequence[float] | None = None,
     tolerance: float | None = None,
     step: int | None = None,
     reason: str = "",
@@ -116,30 +118,42 @@ def merge(
     """Several experts become one, with a new id.
 
     Weights are averaged by the number of rows each received, after the hidden units of the others
-    are aligned to those of the busiest. The child is admitted as far as the most admitted of its
-    parents, and is frozen if all of them were. The event tells how much the layer's output changed
-    on its experts' evidence.
+    are aligned to those of the busiest. The expert's body and the shares can be given instead. The
+    child is admitted as far as the most admitted of its parents, and is frozen if all of them were.
+    The event tells how much the layer's output changed on its experts' evidence.
 
     Args:
         ids: two or more, of one kind and shape.
+        body: of the one they become, in place of the aligned mean.
+        weights: a share for each id, not negative, in place of the rows each received.
         tolerance: refuse if the output would change by more than this (see `growmoe.consent`).
         step, reason, signals: for the lineage.
 
     Raises:
-        ValueError: see the module; also fewer than two ids, or different kinds or shapes.
+        ValueError: see the module; also fewer than two ids, different kinds or shapes, or weights
+            that are no shares.
         Refused: the change exceeds `tolerance`, or evidence is lacking.
     """
     _check_ids(layer, ids)
     if len(ids) < 2:
         raise ValueError(f"merge: at least two experts, got {list(ids)}")
+    if weights is not None and (
+        len(weights) != len(ids) or not sum(weights) > 0 or any(not w >= 0 for w in weights)
+    ):
+        raise ValueError(f"merge: weights must be {len(ids)} shares, got {list(weights)}")
     rest = [e for e in layer.experts.values() if e.id not in ids]
     _check_left(layer, len(rest) + 1, "merge", ids)
     with _transaction(layer, optimizer, ids) as optimizers:
-        rows = {id: layer.experts[id].statistics["rows"] for id in ids}
-        parents = [layer.experts[id] for id in sorted(ids, key=lambda id: (-rows[id], id))]
-        weights = [rows[e.id] for e in parents] if any(rows.values()) else [1.0] * len(parents)
-        body = merged_body([e.body for e in parents], weights)
-        child = _make(layer, body, parents, None, _trainable(parents[0]), weights=weights)
+        share = {id: layer.experts[id].statistics["rows"] for id in ids}
+        if weights is not None:
+            share = {id: float(w) for id, w in zip(ids, weights, strict=True)}
+        elif not any(share.values()):
+            share = dict.fromkeys(ids, 1.0)
+        parents = [layer.experts[id] for id in sorted(ids, key=lambda id: (-share[id], id))]
+        shares = [share[e.id] for e in parents]
+        if body is None:
+            body = merged_body([e.body for e in parents], shares)
+        child = _make(layer, body, parents, None, _trainable(parents[0]), weights=shares)
         if all(e.frozen for e in parents):
             child.freeze()
         change = _consent(layer, [*rest, child], parents, tolerance, f"merge {list(ids)}")

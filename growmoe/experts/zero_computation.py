@@ -3,6 +3,7 @@
 Beside feed-forward experts they let a router spend less on easy tokens:
 ``MoE(d, expert=[FFN(512)] * 6 + [Zero(), Copy()], num_experts=8)``. In a block with a residual
 connection `Zero` drops the token from the layer, `Copy` skips the layer, `Constant` replaces it.
+`Novice` stands for an expert that was pruned.
 """
 
 from __future__ import annotations
@@ -96,3 +97,37 @@ class Constant(nn.Module):
     def config(self) -> dict[str, Any]:
         """What `Constant(**config)` needs to be built again."""
         return {"d_model": self.d_model}
+
+
+class Novice(nn.Module):
+    """x -> v, whatever x is: what is left of an expert that gave nearly the same for every token.
+
+    MoNE (Zhang et al. 2025, arXiv 2507.00390, section 3.3) puts the mean output there.
+
+    Args:
+        value: v, float [O], or its width, for one that is still to be loaded.
+    """
+
+    def __init__(self, value: Tensor | int) -> None:
+        super().__init__()
+        value = torch.zeros(value) if isinstance(value, int) else value.detach().clone()
+        self.value = nn.Parameter(value)
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        return self.value.to(x_RD.dtype).expand(len(x_RD), -1)
+
+    def fresh(self, d_model: int, d_out: int, **place: Any) -> Novice:
+        if len(self.value) != d_out:
+            raise ValueError(f"Novice: its value has {len(self.value)} numbers, the layer {d_out}")
+        place = {name: place.get(name) for name in ("device", "dtype")}
+        return Novice(self.value.to(**{k: v for k, v in place.items() if v is not None}))
+
+    @torch.no_grad()
+    def merged(self, others: Sequence[Novice], weights: Sequence[float]) -> Novice:
+        parts = [body.value.double() for body in (self, *others)]
+        mean = torch.stack([w * part for w, part in zip(weights, parts, strict=True)]).sum(0)
+        return Novice((mean / sum(weights)).to(self.value.dtype))
+
+    def config(self) -> dict[str, Any]:
+        """What `Novice(**config)` needs to be built again."""
+        return {"value": len(self.value)}
