@@ -1,4 +1,4 @@
-"""The command line: `growmoe bench`, `streams`, `methods` and `train-lm`."""
+"""The command line: `growmoe bench`, `streams`, `methods`, `train-lm`, `prune`, `merge`, `inspect`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ require("rich")
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
+from growmoe.compress.command import inspect_command, merge_command, prune_command  # noqa: E402
+from growmoe.compress.layer import CompressError  # noqa: E402
 from growmoe.console import progress_bar  # noqa: E402
 from growmoe.continual.bench import BenchError, Outcome, run_bench  # noqa: E402
 from growmoe.continual.methods import METHODS, Method  # noqa: E402
@@ -181,6 +183,11 @@ app.command(
 )(train_lm)
 
 
+app.command("prune")(prune_command)
+app.command("merge")(merge_command)
+app.command("inspect")(inspect_command)
+
+
 @app.command("streams")
 def list_streams() -> None:
     """List the streams that can be learned."""
@@ -207,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("growmoe: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    except (UserError, BenchError, DataError, TrainError, ImportError) as error:
+    except (UserError, BenchError, DataError, TrainError, CompressError, ImportError) as error:
         _fail(str(error))
     except BrokenPipeError:
         sys.exit(1)

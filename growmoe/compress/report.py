@@ -115,6 +115,19 @@ class Inspection:
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, "parameters": self.parameters, "layers": self.layers}
 
+    def write(self, folder: str | Path) -> list[Path]:
+        """Write inspect.json, and inspect.png where matplotlib is installed."""
+        folder = Path(folder)
+        paths = [folder / "inspect.json"]
+        paths[0].write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        try:
+            from growmoe.compress.picture import draw
+        except ImportError:
+            return paths
+        paths.append(folder / "inspect.png")
+        draw(self.layers, paths[1])
+        return paths
+
 
 def peak_memory() -> int:
     """The most memory this process has had, in bytes."""
