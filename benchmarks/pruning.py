@@ -1,9 +1,9 @@
 """What pruning and merging a trained language model cost, by criterion and by share removed.
 
 Three byte-level language models (32 experts, k 2, two layers, three domains) are trained by
-`growmoe train-lm`; then every criterion and merge removes 12.5, 25, 30 and 50% of the experts, with
-random choices as the null. Training text calibrates, validation text selects, test text measures; one
-domain (cpp) is left out of the calibration in a second arm.
+`growmoe train-lm`; then every criterion and merge removes 12.5, 25, 30 and 50% of the experts,
+with random choices as the null. Training text calibrates, validation text selects, test text
+measures; one domain (cpp) is left out of the calibration in a second arm.
 
     for s in 0 1 2; do growmoe train-lm --d-model 64 --hidden 64 --heads 4 --experts 32 \\
         --batch-size 32 --steps 1500 --seed $s --output runs/seed$s; done
@@ -269,8 +269,8 @@ def _recovery() -> list[str]:
         return []
     lines = [
         "30% pruned (greedy-loss + least squares), all parameters trained on text and the whole",
-        "model's distribution, minus the whole model trained on the same batches for as many steps:",
-        "nats per byte, paired over test windows.",
+        "model's distribution, minus the whole model trained on the same batches for as many",
+        "steps: nats per byte, paired over test windows.",
         "",
         "| seed | steps | share of pretraining | control | pruned | difference | 95% interval |",
         "|---:|---:|---:|---:|---:|---:|---:|",

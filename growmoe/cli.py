@@ -1,4 +1,4 @@
-"""The command line: `growmoe bench`, `streams`, `methods`, `train-lm`, `prune`, `merge`, `inspect`."""
+"""The command line: learning streams, training language models, and pruning what was trained."""
 
 from __future__ import annotations
 

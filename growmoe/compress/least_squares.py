@@ -1,9 +1,9 @@
 """Survivors fitted to give what the whole layer gave: a closed form in their last matrices.
 
-min_W ‖Σ_j g_j h_j W_j − Y‖² + λ Σ_j ‖W_j − W_j⁰‖², with h_j an expert's hidden units, g_j its combine
-weight after the cut, Y the mixture that the layer gave before it. Linear in all W_j together; solved
-expert by expert in turn on what the others leave (block Gauss–Seidel), so that memory grows with
-one expert's hidden width alone.
+min_W ‖Σ_j g_j h_j W_j − Y‖² + λ Σ_j ‖W_j − W_j⁰‖², with h_j an expert's hidden units, g_j its
+combine weight after the cut, Y the mixture that the layer gave before it. Linear in all W_j
+together; solved expert by expert in turn on what the others leave (block Gauss–Seidel), so that no
+matrix is wider than one expert's hidden units.
 """
 
 from __future__ import annotations

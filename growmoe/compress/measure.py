@@ -36,7 +36,8 @@ class Change:
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
 
     def __str__(self) -> str:
-        return f"{self.before:.4f} -> {self.after:.4f} ({self.change:+.4f} [{self.low:+.4f}, {self.high:+.4f}])"
+        bounds = f"[{self.low:+.4f}, {self.high:+.4f}]"
+        return f"{self.before:.4f} -> {self.after:.4f} ({self.change:+.4f} {bounds})"
 
 
 def paired(before_N: Tensor, after_N: Tensor) -> Change:

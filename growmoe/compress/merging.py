@@ -1,4 +1,4 @@
-"""One expert for several: the weighted mean of their aligned weights, and its place in the router."""
+"""One expert for several: the weighted mean of their aligned weights, and its router row."""
 
 from __future__ import annotations
 

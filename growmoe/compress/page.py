@@ -1,5 +1,7 @@
 """The report as one HTML page that needs nothing else."""
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 from typing import Any

@@ -113,7 +113,8 @@ def uniform_budget(
         budget[name] = count
     if not any(budget.values()):
         raise CompressError(
-            f"ratio={ratio} removes nothing from layers of {max(len(s.ids) for s in sizes.values())}"
+            f"ratio={ratio} removes nothing: layers have "
+            f"{max(len(s.ids) for s in sizes.values())} experts at most"
             if keep is None
             else f"keep={keep} removes nothing"
         )

@@ -1,7 +1,8 @@
 """What one calibration pass keeps of a layer: sums from which all criteria follow.
 
 For expert j, with T_j its tokens, g the combine weight that the layer used, f_j(x) its output:
-N_j = |T_j|, Σ g, Σ ‖f‖, Σ ‖f‖², Σ g‖f‖, Σ f, max |f|, and, where gradients flow, Σ ⟨∂L/∂(g f), g f⟩.
+N_j = |T_j|, Σ g, Σ ‖f‖, Σ ‖f‖², Σ g‖f‖, Σ f, max |f|, and, where gradients flow,
+Σ ⟨∂L/∂(g f), g f⟩.
 """
 
 from __future__ import annotations
