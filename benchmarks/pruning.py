@@ -25,22 +25,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from growmoe import moe_layers
 from growmoe.compress import layers_of, losses, merge, next_token_loss, prune
 from growmoe.compress.calibrate import collect
-from growmoe.compress.choose import Evidence, saliencies
+from growmoe.compress.choose import SHORTLIST, Evidence, saliencies
+from growmoe.compress.criteria import super_experts
+from growmoe.compress.least_squares import match_outputs, mixtures
 from growmoe.compress.measure import interval
 from growmoe.compress.recovery import recover
 from growmoe.compress.runs import LoadedRun, load_run
+from growmoe.compress.search import search
 from growmoe.lm import batch, load_domains
 from growmoe.lm.data import windows
 from growmoe.lm.domains import Domain
 
 RESULTS = Path(__file__).parent / "results" / "pruning"
 RATIOS = (0.125, 0.25, 0.3, 0.5)
-CALIBRATION, SELECTION, TEST = 64, 32, 96  # windows of each domain
+CALIBRATION, SELECTION, TEST = 64, 24, 64  # windows of each domain
 HELD_OUT = "cpp"
-RANDOM_DRAWS = 4
-RECOVERY_STEPS = (150, 600)
+RANDOM_DRAWS = 3
+RECOVERY_STEPS = 400
 
 Windows = dict[str, list[Tensor]]
 Cut = Callable[[nn.Module, float], Any]
@@ -59,13 +63,14 @@ def measured(model: nn.Module, test: Windows) -> dict[str, list[float]]:
     return {n: [round(v, 5) for v in losses(model, b).tolist()] for n, b in test.items()}
 
 
-def methods(run: LoadedRun, calibration: list[Tensor], selection: list[Tensor]) -> dict[str, Cut]:
+def methods(
+    run: LoadedRun, calibration: list[Tensor], selection: list[Tensor], *, asks_loss: bool
+) -> dict[str, Cut]:
     """Every way to cut, by name."""
     model = run.model
     layers = layers_of(model)
     statistics, _ = collect(model, layers, calibration, next_token_loss)
     evidence = Evidence(model, layers, statistics, selection, next_token_loss)
-    alone = saliencies(evidence, "leave-one-out")  # the one that costs a pass for each expert
 
     def cut(saliency: Any, **settings: Any) -> Cut:
         return lambda m, ratio: prune(
@@ -80,17 +85,46 @@ def methods(run: LoadedRun, calibration: list[Tensor], selection: list[Tensor]) 
         found[name] = cut(name)
     found["naee"] = cut("naee")
     found["mone (novices)"] = cut("mone")
+    found["reap + least squares"] = cut("reap", match=True)
+    if not asks_loss:
+        return found
+    # what asks the loss itself costs a pass for each expert, or many
+    alone = saliencies(evidence, "leave-one-out")
     found["leave-one-out"] = cut(alone)
-    found["reap, searched"] = cut("reap", per_layer="searched")
-    found["greedy-loss"] = cut("greedy-loss", per_layer="searched")
+    # a search for half of the experts holds those for fewer, so one serves all shares
+    searched = order_of(evidence, saliencies(evidence, "reap"), 1)
+    greedy = order_of(evidence, alone, SHORTLIST)
+    found["reap, searched"] = cut(searched, per_layer="global")
+    found["greedy-loss"] = cut(greedy, per_layer="global")
     for method in ("m-smoe", "hc-smoe", "ream", "frequency"):
         found[f"merge {method}"] = join(method)
         found[f"merge {method} + least squares"] = join(method, match=True)
     found["random + least squares"] = cut("random", match=True)
-    found["reap + least squares"] = cut("reap", match=True)
     found["leave-one-out + least squares"] = cut(alone, match=True)
-    found["greedy-loss + least squares"] = cut("greedy-loss", per_layer="searched", match=True)
+    found["greedy-loss + least squares"] = cut(greedy, per_layer="global", match=True)
     return found
+
+
+def order_of(evidence: Evidence, values: dict[str, Tensor], shortlist: int) -> dict[str, Tensor]:
+    """The order of a search as saliencies below 0; what it did not remove has 0."""
+    total = sum(len(size.ids) for size in evidence.sizes.values())
+    gone: list[tuple[str, int]] = []
+    spared = super_experts(evidence.statistics)
+    plan = search(
+        evidence.model,
+        evidence.layers,
+        evidence.batches,
+        evidence.loss,
+        values,
+        total=total // 2,
+        shortlist=shortlist,
+        spared=spared,
+        removed=lambda name, position: gone.append((name, position)),
+    )
+    order = {name: torch.zeros(len(size.ids)).double() for name, size in plan.sizes.items()}
+    for i, (name, position) in enumerate(gone):
+        order[name][position] = i - total
+    return order
 
 
 def one_shot(folder: Path) -> dict[str, Any]:
@@ -103,10 +137,12 @@ def one_shot(folder: Path) -> dict[str, Any]:
     )
     result: dict[str, Any] = {"seed": run.config.seed, "whole": measured(run.model, test)}
     for arm, without in (("all domains", ""), (f"without {HELD_OUT}", HELD_OUT)):
-        ways = methods(run, joined(train, without), joined(validation, without))
+        ways = methods(
+            run, joined(train, without), joined(validation, without), asks_loss=not without
+        )
         found: dict[str, Any] = {}
         for name, way in ways.items():
-            if without and name not in ("reap", "leave-one-out", "reap + least squares"):
+            if without and name not in ("frequency", "reap", "reap + least squares"):
                 continue
             for ratio in RATIOS:
                 model, clock = copy.deepcopy(run.model), time.process_time()
@@ -123,45 +159,53 @@ def one_shot(folder: Path) -> dict[str, Any]:
 
 
 def recovered(folder: Path) -> dict[str, Any]:
-    """The way of pruning 30%, recovered, beside the whole model trained as long."""
+    """30% pruned by REAP with least squares, then trained, beside the whole model trained as long.
+
+    Once with as many experts per token as before, once with one more, which costs more arithmetic
+    per token and no memory.
+    """
     run = load_run(folder)
     config = run.config
     domains = load_domains(config.domains, config.bytes_per_domain)
-    test = cut_windows(domains, "test", TEST)
+    test = cut_windows(domains, "test", 96)
     calibration = joined(cut_windows(domains, "train", 128))
-    selection = joined(cut_windows(domains, "validation", SELECTION))
 
     def batches(step: int) -> Tensor:
         x_BS, y_BS, _ = batch(domains, None, config.steps + step, config.seed, 32, 128)
         return torch.cat([x_BS, y_BS[:, -1:]], 1)
 
-    result: dict[str, Any] = {"seed": config.seed, "pretraining_steps": config.steps}
-    for steps in RECOVERY_STEPS:
-        control = copy.deepcopy(run.model)
-        clock = time.process_time()
-        recover(control, batches, steps, lr=2e-3)
-        seconds = {"control": round(time.process_time() - clock, 1)}
-        found = {"control": measured(control, test)}
-        clock = time.process_time()
-        small = copy.deepcopy(run.model)
-        prune(
-            small,
-            calibration,
-            ratio=0.3,
-            saliency="greedy-loss",
-            per_layer="searched",
-            selection=selection,
-            match=True,
-        )
-        found["pruned, not recovered"] = measured(small, test)
-        seconds["cut"] = round(time.process_time() - clock, 1)
-        clock = time.process_time()
-        recover(small, batches, steps, lr=2e-3, teacher=run.model, distill=0.5)
-        seconds["recovery"] = round(time.process_time() - clock, 1)
-        found["pruned"] = measured(small, test)
-        result[str(steps)] = {"losses": found, "cpu_seconds": seconds}
-        print(folder.name, "recovery", steps, flush=True)
-    return result
+    found: dict[str, Any] = {"whole": measured(run.model, test)}
+    seconds: dict[str, float] = {}
+    for name, k in (("control", 2), ("pruned, k 2", 2), ("pruned, k 3", 3)):
+        model, clock = copy.deepcopy(run.model), time.process_time()
+        teacher = None if name == "control" else run.model
+        if teacher is not None:
+            if k > 2:
+                model = with_k(model, k)
+            prune(model, calibration, ratio=0.3, saliency="reap")
+            layers = layers_of(model)
+            target = mixtures(run.model, layers_of(run.model), calibration, next_token_loss)
+            match_outputs(model, layers, target, calibration, next_token_loss)
+            seconds["cut, " + name] = round(time.process_time() - clock, 1)
+            found[name + ", not recovered"] = measured(model, test)
+            clock = time.process_time()
+        recover(model, batches, RECOVERY_STEPS, lr=2e-3, teacher=teacher, distill=0.5)
+        seconds[name] = round(time.process_time() - clock, 1)
+        found[name] = measured(model, test)
+        print(folder.name, "recovery", name, flush=True)
+    return {
+        "seed": config.seed,
+        "pretraining_steps": config.steps,
+        "steps": RECOVERY_STEPS,
+        "losses": found,
+        "cpu_seconds": seconds,
+    }
+
+
+def with_k(model: nn.Module, k: int) -> nn.Module:
+    for layer in moe_layers(model).values():
+        layer.router.k = k  # type: ignore[assignment]
+    return model
 
 
 def change(before: dict[str, list[float]], after: dict[str, list[float]]) -> Tensor:
@@ -268,26 +312,28 @@ def _recovery() -> list[str]:
     if not paths:
         return []
     lines = [
-        "30% pruned (greedy-loss + least squares), all parameters trained on text and the whole",
-        "model's distribution, minus the whole model trained on the same batches for as many",
-        "steps: nats per byte, paired over test windows.",
+        "30% pruned (REAP + least squares), all parameters trained on text and the whole model's",
+        "distribution, minus the whole model trained on the same batches for as many steps: nats per",
+        "byte, paired over test windows.",
         "",
-        "| seed | steps | share of pretraining | control | pruned | difference | 95% interval |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
+        "| seed | model | steps | of pretraining | CPU s | whole | cut | control | recovered | "
+        "difference | 95% interval |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for path in paths:
         found = json.loads(path.read_text())
-        for steps in (k for k in found if k.isdigit()):
-            loss = found[steps]["losses"]
-            rise = change(loss["control"], loss["pruned"])
-            mean, low, high = interval(rise)
-            level = [
-                sum(map(sum, loss[n].values())) / sum(map(len, loss[n].values()))
-                for n in ("control", "pruned")
-            ]
+        loss, steps = found["losses"], found["steps"]
+        level = {
+            n: sum(map(sum, each.values())) / sum(map(len, each.values()))
+            for n, each in loss.items()
+        }
+        for name in ("pruned, k 2", "pruned, k 3"):
+            mean, low, high = interval(change(loss["control"], loss[name]))
             lines.append(
-                f"| {found['seed']} | {steps} | {int(steps) / found['pretraining_steps']:.0%} | "
-                f"{level[0]:.4f} | {level[1]:.4f} | {mean:+.4f} | [{low:+.4f}, {high:+.4f}] |"
+                f"| {found['seed']} | {name} | {steps} | {steps / found['pretraining_steps']:.0%} "
+                f"| {found['cpu_seconds'][name]:.0f} | {level['whole']:.4f} "
+                f"| {level[name + ', not recovered']:.4f} | {level['control']:.4f} "
+                f"| {level[name]:.4f} | {mean:+.4f} | [{low:+.4f}, {high:+.4f}] |"
             )
     return lines
 

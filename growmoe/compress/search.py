@@ -24,6 +24,7 @@ def search(
     max_loss: float | None = None,
     shortlist: int = 1,
     spared: Mapping[str, Sequence[int]] | None = None,
+    removed: Callable[[str, int], None] = lambda name, position: None,
     progress: Callable[[float, str], None] = lambda fraction, text: None,
 ) -> Plan:
     """Experts go one by one, each time the one without which the mean loss is lowest.
@@ -37,6 +38,7 @@ def search(
         most: how many may go from each layer; all but k if left out.
         max_loss: stop before the loss rises by more than this, in nats.
         spared: layer name -> positions that must stay.
+        removed: told the layer and position of each expert when it goes.
 
     Raises:
         CompressError: fewer than `total` can go, or not one within `max_loss`.
@@ -77,6 +79,7 @@ def search(
         if max_loss is not None and value - base > max_loss:
             break
         gone[name].append(e)
+        removed(name, e)
         reasons[name][sizes[name].ids[e]] = (
             f"loss {value - now:+.5f} without it, after those before"
         )

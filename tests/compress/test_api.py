@@ -51,11 +51,18 @@ def test_what_is_refused_changes_nothing(model: TransformerLM, batches: list[Ten
         ({"ratio": 0.5, "saliency": "odd"}, "no saliency 'odd'"),
         ({"ratio": 0.5, "saliency": "naee", "per_layer": "global"}, "naee"),
         ({"ratio": 0.5, "saliency": "router-norm"}, "before fine-tuning"),
-        ({"max_loss": 1e-9, "saliency": "frequency"}, "max_loss"),
         ({}, "exactly one"),
     ):
         with pytest.raises(CompressError, match=message):
             prune(model, batches, **settings)
+    whole = copy.deepcopy(model)
+
+    def distance(changed: torch.nn.Module, batch: Tensor) -> Tensor:
+        return (changed(batch) - whole(batch)).square().flatten(1).mean(1)
+
+    for per_layer in ("uniform", "searched"):
+        with pytest.raises(CompressError, match="max_loss"):
+            prune(model, batches, max_loss=1e-12, loss=distance, per_layer=per_layer)
     with pytest.raises(CompressError, match="empty"):
         prune(model, [], ratio=0.5)
     with pytest.raises(CompressError, match="no merging method"):
