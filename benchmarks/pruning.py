@@ -313,8 +313,8 @@ def _recovery() -> list[str]:
         return []
     lines = [
         "30% pruned (REAP + least squares), all parameters trained on text and the whole model's",
-        "distribution, minus the whole model trained on the same batches for as many steps: nats per",
-        "byte, paired over test windows.",
+        "distribution, minus the whole model trained on the same batches for as many steps: nats",
+        "per byte, paired over test windows.",
         "",
         "| seed | model | steps | of pretraining | CPU s | whole | cut | control | recovered | "
         "difference | 95% interval |",

@@ -117,6 +117,7 @@ def test_novices_load_again(model: TransformerLM, batches: list[Tensor], tmp_pat
     torch.testing.assert_close(losses(other, batches), losses(model, batches))
 
 
+@torch.no_grad()
 def test_naee_finds_the_best_subset_and_greedy_is_no_better() -> None:
     moe = MoE(6, FFN(8), num_experts=5, router=TopK(2), seed=0).eval()
     layer = MoELayer("moe", moe)
