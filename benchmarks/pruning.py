@@ -8,7 +8,8 @@ measures; one domain (cpp) is left out of the calibration in a second arm.
     for s in 0 1 2; do growmoe train-lm --d-model 64 --hidden 64 --heads 4 --experts 32 \\
         --batch-size 32 --steps 1500 --seed $s --output runs/seed$s; done
     python benchmarks/pruning.py cut runs/seed0 runs/seed1 runs/seed2
-    python benchmarks/pruning.py recover runs/seed0 runs/seed1 runs/seed2
+    python benchmarks/pruning.py recover400 runs/seed0 runs/seed1 runs/seed2
+    python benchmarks/pruning.py recover1500 runs/seed0 runs/seed1 runs/seed2
     python benchmarks/pruning.py tables
 """
 
@@ -44,7 +45,6 @@ RATIOS = (0.125, 0.25, 0.3, 0.5)
 CALIBRATION, SELECTION, TEST = 64, 24, 64  # windows of each domain
 HELD_OUT = "cpp"
 RANDOM_DRAWS = 3
-RECOVERY_STEPS = 400
 
 Windows = dict[str, list[Tensor]]
 Cut = Callable[[nn.Module, float], Any]
@@ -158,7 +158,7 @@ def one_shot(folder: Path) -> dict[str, Any]:
     return result
 
 
-def recovered(folder: Path) -> dict[str, Any]:
+def recovered(folder: Path, steps: int) -> dict[str, Any]:
     """30% pruned by REAP with least squares, then trained, beside the whole model trained as long.
 
     Once with as many experts per token as before, once with one more, which costs more arithmetic
@@ -179,6 +179,8 @@ def recovered(folder: Path) -> dict[str, Any]:
     for name, k in (("control", 2), ("pruned, k 2", 2), ("pruned, k 3", 3)):
         model, clock = copy.deepcopy(run.model), time.process_time()
         teacher = None if name == "control" else run.model
+        if k > 2 and steps > 400:
+            continue
         if teacher is not None:
             if k > 2:
                 model = with_k(model, k)
@@ -189,14 +191,14 @@ def recovered(folder: Path) -> dict[str, Any]:
             seconds["cut, " + name] = round(time.process_time() - clock, 1)
             found[name + ", not recovered"] = measured(model, test)
             clock = time.process_time()
-        recover(model, batches, RECOVERY_STEPS, lr=2e-3, teacher=teacher, distill=0.5)
+        recover(model, batches, steps, lr=2e-3, teacher=teacher, anneal=steps > 400)
         seconds[name] = round(time.process_time() - clock, 1)
         found[name] = measured(model, test)
         print(folder.name, "recovery", name, flush=True)
     return {
         "seed": config.seed,
         "pretraining_steps": config.steps,
-        "steps": RECOVERY_STEPS,
+        "steps": steps,
         "losses": found,
         "cpu_seconds": seconds,
     }
@@ -307,8 +309,12 @@ def _held_out(seeds: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _number(path: Path) -> tuple[int, str]:
+    return int(path.stem.split("-")[1]), path.stem
+
+
 def _recovery() -> list[str]:
-    paths = sorted(RESULTS.glob("recover-seed*.json"))
+    paths = sorted(RESULTS.glob("recover-*.json"), key=_number)
     if not paths:
         return []
     lines = [
@@ -327,7 +333,7 @@ def _recovery() -> list[str]:
             n: sum(map(sum, each.values())) / sum(map(len, each.values()))
             for n, each in loss.items()
         }
-        for name in ("pruned, k 2", "pruned, k 3"):
+        for name in (n for n in ("pruned, k 2", "pruned, k 3") if n in loss):
             mean, low, high = interval(change(loss["control"], loss[name]))
             lines.append(
                 f"| {found['seed']} | {name} | {steps} | {steps / found['pretraining_steps']:.0%} "
@@ -359,8 +365,12 @@ def main() -> None:
     act, folders = sys.argv[1], [Path(p) for p in sys.argv[2:]]
     RESULTS.mkdir(parents=True, exist_ok=True)
     for folder in folders:
-        result = one_shot(folder) if act == "cut" else recovered(folder)
-        path = RESULTS / f"{act}-seed{result['seed']}.json"
+        if act == "cut":
+            result, name = one_shot(folder), "cut"
+        else:
+            steps = int(act.removeprefix("recover"))
+            result, name = recovered(folder, steps), f"recover-{steps}"
+        path = RESULTS / f"{name}-seed{result['seed']}.json"
         path.write_text(json.dumps(result, separators=(",", ":")) + "\n")
     if act == "tables":
         tables()

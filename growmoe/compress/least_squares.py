@@ -126,10 +126,10 @@ def _fit(
             continue
         h_RF = hidden_units(bodies[id], x_TD[token_R]).double() * weight_R.double()[:, None]
         gram_FF = h_RF.T @ h_RF
-        scale = ridge * gram_FF.diagonal().mean().clamp_min(1e-12)
+        scale = ridge * max(float(gram_FF.diagonal().mean()), 1e-12)
         gram_FF.diagonal().add_(scale)
         factor = torch.linalg.cholesky(gram_FF)
-        blocks.append((bodies[id], token_R, h_RF, factor, float(scale)))
+        blocks.append((bodies[id], token_R, h_RF, factor, scale))
     moved = [torch.zeros_like(body.w_out, dtype=torch.float64) for body, *_ in blocks]
     for _ in range(sweeps):
         for i, (_, token_R, h_RF, factor, scale) in enumerate(blocks):

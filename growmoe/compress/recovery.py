@@ -37,6 +37,7 @@ def recover(
     lr: float = 1e-3,
     router_lr: float = 1e-2,
     distill: float = 0.5,
+    anneal: bool = True,
     warmup: int | None = None,
     clip: float = 1.0,
     progress: Progress = lambda fraction, text: None,
@@ -50,7 +51,10 @@ def recover(
             distillation.
         router_steps: before these, of the routers alone, on KL(teacher ‖ model).
         lr, router_lr: highest learning rate of AdamW, which falls to a tenth along a cosine.
-        distill: α of (1 − α) · cross-entropy + α · KL(teacher ‖ model) in the second stage.
+        distill: α of (1 − α) · cross-entropy + α · KL(teacher ‖ model) in the second stage, where
+            it falls to 0 in a straight line: at first the whole model knows more than the text
+            tells in a few steps, later it is what is to be overtaken.
+        anneal: whether it falls.
         warmup: steps over which the rate rises; a twentieth if left out.
         clip: largest norm of the gradient.
 
@@ -89,7 +93,8 @@ def recover(
             for step in range(count):
                 for group in optimizer.param_groups:
                     group["lr"] = rate * _schedule(step, count, first)
-                loss = _loss(model, batch(len(found)), teacher, 1.0 if alone else distill, alone)
+                now = 1.0 if alone else distill * (1 - step / count if anneal else 1.0)
+                loss = _loss(model, batch(len(found)), teacher, now, alone)
                 if not bool(loss.isfinite()):
                     raise CompressError(f"recovery: the loss is not finite at step {len(found)}")
                 loss.backward()
