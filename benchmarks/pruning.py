@@ -345,19 +345,29 @@ def _recovery() -> list[str]:
 
 
 def _plot(curves: dict[str, list[Tensor]]) -> None:
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
+    panels = {
+        "pruning": lambda n: "merge" not in n and "least" not in n,
+        "merging": lambda n: "merge" in n and "least" not in n,
+        "with least squares": lambda n: "least" in n,
+    }
+    figure = Figure(figsize=(12, 6), layout="constrained")
     x = [100 * r for r in RATIOS]
-    for name, values in curves.items():
-        style = "-" if "least squares" in name else "--" if "merge" in name else ":"
-        axes.plot(x, [float(v.mean()) for v in values], style, marker=".", label=name)
-    axes.set_xlabel("experts removed, %")
-    axes.set_ylabel("rise of the loss, nats per byte")
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(RESULTS / "loss.png", dpi=90)
+    every = figure.subplots(1, len(panels), sharey=True)
+    for axes, (title, wanted) in zip(every, panels.items(), strict=True):
+        shown = [n for n in curves if wanted(n) or n in ("random", "reap")]
+        for i, name in enumerate(sorted(shown, key=lambda n: -float(curves[n][-1].mean()))):
+            null = {"random": "k--", "reap": "k:"}.get(name, ".-")
+            colour = {} if name in ("random", "reap") else {"color": colormaps["tab20"](i)}
+            axes.plot(x, [float(v.mean()) for v in curves[name]], null, label=name, **colour)
+        axes.set_title(title)
+        axes.set_xlabel("experts removed, %")
+        axes.legend(fontsize=7, loc="upper left")
+    every[0].set_ylabel("rise of the loss, nats per byte")
+    every[0].set_ylim(bottom=0)
+    figure.savefig(RESULTS / "loss.png", dpi=80)
 
 
 def main() -> None:

@@ -200,7 +200,7 @@ def inspect(
     model: nn.Module,
     calibration: Batches | None = None,
     *,
-    saliency: Sequence[str] = ("frequency", "reap", "aimer"),
+    saliency: Sequence[str] = ("reap", "mone", "aimer"),
     loss: Loss = next_token_loss,
     seed: int = 0,
     progress: Progress = _silent,

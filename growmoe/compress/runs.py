@@ -150,8 +150,15 @@ def _own(run: LoadedRun, options: Options) -> Texts:
 
 
 def save_run(run: LoadedRun, folder: Path, report: dict[str, Any]) -> None:
-    """Write the model, its lineage and its configuration into a folder."""
-    growmoe.save(folder / CHECKPOINT, run.model, extra=run.extra)
+    """Write the model, its lineage and its configuration into a folder.
+
+    Raises:
+        CompressError: the disk does not take it.
+    """
+    try:
+        growmoe.save(folder / CHECKPOINT, run.model, extra=run.extra)
+    except ValueError as error:  # what safetensors makes of a full disk
+        raise CompressError(str(error)) from error
     saved = {**run.saved, "compressed": [*run.saved.get("compressed", []), report]}
     (folder / "config.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
     events = [e for layer in growmoe.moe_layers(run.model).values() for e in layer.lineage]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,3 +135,20 @@ def test_calibration_and_selection_share_no_window(tmp_path: Path) -> None:
     path.write_text('{"no text": 1}\n')
     with pytest.raises(CompressError, match="line 1"):
         read_texts(path, {}, ByteTokenizer().encode, sequence_length=16, samples=4, batch_size=2)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    def limit() -> None:  # no file may grow beyond this, as on a disk with little room
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    command = [sys.executable, "-m", "growmoe", "prune", str(run), "--ratio", "0.34"]
+    done = subprocess.run(
+        [*command, "--samples", "8", "--output", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+    )
+    assert done.returncode == 2 and done.stderr.strip().count("\n") == 0, done.stderr
+    assert "cannot" in done.stderr
+    assert not list(tmp_path.iterdir())
