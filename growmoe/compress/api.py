@@ -14,9 +14,9 @@ from growmoe.compress.calibrate import Batches, Loss, collect, losses, next_toke
 from growmoe.compress.choose import Evidence, Progress, choose, saliencies
 from growmoe.compress.grouping import output_similarity
 from growmoe.compress.layer import CompressError, Layer, layers_of
-from growmoe.compress.least_squares import match_outputs, mixtures
+from growmoe.compress.least_squares import check_fits, match_outputs, mixtures
 from growmoe.compress.measure import changes, losses_by_domain
-from growmoe.compress.merging import METHODS, ROWS, groups_of, merge_groups, share_of
+from growmoe.compress.merging import METHODS, ROWS, carry_out, groups_of, merged_groups, share_of
 from growmoe.compress.plan import LayerSize, PerLayer, Plan, check_budget, uniform_budget
 from growmoe.compress.report import Inspection, LayerReport, Report, peak_memory
 from growmoe.compress.statistics import LayerStatistics
@@ -75,6 +75,8 @@ def prune(
         raise CompressError(f"no saliency {name!r}: choose from {', '.join(criteria.CRITERIA)}")
     clock = time.perf_counter()
     layers = layers_of(model)
+    if match:
+        check_fits(layers)
     if max_loss is None:  # refused before anything is computed
         uniform_budget({layer.name: LayerSize.of(layer) for layer in layers}, ratio, keep)
     start = _start(model, layers, calibration, evaluation, loss, name == "taylor", seed, progress)
@@ -167,6 +169,8 @@ def merge(
     layers = layers_of(model)
     sizes = {layer.name: LayerSize.of(layer) for layer in layers}
     budget = uniform_budget(sizes, ratio, keep)
+    if match:
+        check_fits(layers)
     start = _start(model, layers, calibration, evaluation, loss, False, seed, progress)
     grouped = {
         layer.name: groups_of(
@@ -174,10 +178,15 @@ def merge(
         )
         for layer in layers
     }
+    merged = {
+        layer.name: merged_groups(
+            layer, grouped[layer.name], share_of(method, start.statistics[layer.name])
+        )
+        for layer in layers
+    }
     target = mixtures(model, layers, calibration, loss) if match else None
     for layer in layers:
-        share = share_of(method, start.statistics[layer.name])
-        merge_groups(layer, grouped[layer.name], share, ROWS[method], reason=f"compress: {method}")
+        carry_out(layer, merged[layer.name], ROWS[method], f"compress: {method}")
     gaps = {}
     if target is not None:
         gaps = match_outputs(model, layers, target, calibration, loss, progress=progress)

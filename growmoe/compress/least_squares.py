@@ -88,6 +88,14 @@ def match_outputs(
     return gaps
 
 
+def check_fits(layers: Sequence[Layer]) -> None:
+    """Raise CompressError if there is an expert that `match_outputs` could not fit."""
+    for layer in layers:
+        for id in layer.ids:
+            if _fits(layer, id):
+                ffn_of(layer, id, "least squares")
+
+
 def _fits(layer: Layer, id: int) -> bool:
     # what computes nothing has no matrix to fit, and stays as it is
     return any(p.dim() >= 2 for p in layer.ffn(id).parameters())

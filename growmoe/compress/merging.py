@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
@@ -54,16 +55,41 @@ def merge_groups(
         rows: whether the merged expert's router row is the weighted mean, or its first expert's.
 
     Raises:
+        CompressError: experts of different kinds; nothing has changed then.
+    """
+    carry_out(layer, merged_groups(layer, groups, share), rows, reason)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A group of experts, the weight of each, and the body that they become."""
+
+    ids: list[int]
+    weights: list[float]
+    body: nn.Module
+
+
+def merged_groups(layer: Layer, groups: Groups, share: Sequence[float]) -> list[Merged]:
+    """What each group of two or more becomes; the layer stays as it is.
+
+    Raises:
         CompressError: experts of different kinds.
     """
     position = {id: e for e, id in enumerate(layer.ids)}
+    found = []
     for group in groups:
-        if len(group) < 2:
-            continue
-        weights = [share[position[id]] for id in group]
-        body = mean_body([layer.ffn(id) for id in group], weights)
-        kept = weights if rows == "mean" else [1.0] + [0.0] * (len(group) - 1)
-        layer.merge(group, body, kept, reason=reason)
+        if len(group) > 1:
+            weights = [share[position[id]] for id in group]
+            body = mean_body([layer.ffn(id) for id in group], weights)
+            found.append(Merged(group, weights, body))
+    return found
+
+
+def carry_out(layer: Layer, merged: Sequence[Merged], rows: Rows, reason: str) -> None:
+    for group in merged:
+        first = [1.0] + [0.0] * (len(group.ids) - 1)
+        kept = group.weights if rows == "mean" else first
+        layer.merge(group.ids, group.body, kept, reason=reason)
 
 
 def mean_body(bodies: Sequence[nn.Module], weights: Sequence[float]) -> nn.Module:

@@ -164,6 +164,14 @@ def lowest(
     return [size.ids[e] for e in chosen]
 
 
+def check_saliencies(saliencies: Mapping[str, Tensor], sizes: Mapping[str, LayerSize]) -> None:
+    """Raise CompressError unless each layer has a number for each of its experts."""
+    for name, size in sizes.items():
+        if name not in saliencies:
+            raise CompressError(f"{name}: there is no saliency for this layer")
+        check_saliency(saliencies[name], size)
+
+
 def check_saliency(saliency_E: Tensor, size: LayerSize) -> None:
     if saliency_E.shape != (len(size.ids),) or bool(saliency_E.isnan().any()):
         raise CompressError(
@@ -248,8 +256,7 @@ def make_plan(
     if per_layer == "searched":
         raise CompressError("per_layer='searched' needs the model: see growmoe.compress.search")
     spared = spared or {}
-    for name, size in sizes.items():
-        check_saliency(saliencies[name], size)
+    check_saliencies(saliencies, sizes)
     budget = (
         uniform_budget(sizes, ratio, keep)
         if per_layer == "uniform"

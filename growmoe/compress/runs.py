@@ -8,7 +8,7 @@ pruned again or loaded: ``growmoe.load(folder / "checkpoint.safetensors", model)
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import growmoe
 from growmoe.compress.layer import CompressError
 from growmoe.compress.options import Options
-from growmoe.compress.text import Texts, read_texts
+from growmoe.compress.text import Texts, read_texts, read_windows
 from growmoe.lm import (
     ByteTokenizer,
     FileTokenizer,
@@ -103,22 +103,24 @@ def texts_of(run: LoadedRun, options: Options) -> Texts:
     Raises:
         CompressError: a text cannot be read or is too short.
     """
-    length = options.sequence_length or run.config.sequence_length
+    sizes = {
+        "sequence_length": options.sequence_length or run.config.sequence_length,
+        "samples": options.samples,
+        "batch_size": options.batch_size,
+    }
+    encode = _tokenizer(run.config).encode
     if options.calibration is not None:
-        tokenizer = _tokenizer(run.config)
         read = read_texts(
-            options.calibration,
-            options.evaluation,
-            tokenizer.encode,
-            sequence_length=length,
-            samples=options.samples,
-            batch_size=options.batch_size,
-            seed=options.seed,
+            options.calibration, options.evaluation, encode, seed=options.seed, **sizes
         )
         if options.evaluation:
             return read
-        return Texts(read.calibration, read.selection, _own(run, options).evaluation, read.training)
-    return _own(run, options)
+        return replace(read, evaluation=_own(run, options).evaluation)
+    own = _own(run, options)
+    if not options.evaluation:
+        return own
+    paths = options.evaluation.items()
+    return replace(own, evaluation={n: read_windows(path, encode, **sizes) for n, path in paths})
 
 
 def _own(run: LoadedRun, options: Options) -> Texts:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from growmoe.compress.calibrate import Batches, Loss, losses
 from growmoe.compress.layer import CompressError, Layer
-from growmoe.compress.plan import LayerSize, Plan
+from growmoe.compress.plan import LayerSize, Plan, check_saliencies
 
 
 def search(
@@ -50,6 +50,7 @@ def search(
                 f"{name}: this kind of model needs the same number of experts in every layer; "
                 "use per_layer='uniform'"
             )
+    check_saliencies(saliencies, sizes)
     rank = {name: saliencies[name].clone() for name in sizes}
     gone: dict[str, list[int]] = {name: [] for name in sizes}
     reasons: dict[str, dict[int, str]] = {name: {} for name in sizes}

@@ -70,13 +70,28 @@ def read_texts(
         list(windows_NS1[~selects].split(batch_size)),
         list(windows_NS1[selects].split(batch_size)),
         {
-            name: list(
-                cut(tokens_of(path, encode), sequence_length, samples, path).split(batch_size)
+            name: read_windows(
+                path,
+                encode,
+                sequence_length=sequence_length,
+                samples=samples,
+                batch_size=batch_size,
             )
             for name, path in evaluation.items()
         },
         training,
     )
+
+
+def read_windows(
+    path: Path, encode: Encode, *, sequence_length: int, samples: int, batch_size: int
+) -> list[Tensor]:
+    """The windows of one text, in batches.
+
+    Raises:
+        CompressError: as `cut` and `tokens_of`.
+    """
+    return list(cut(tokens_of(path, encode), sequence_length, samples, path).split(batch_size))
 
 
 def tokens_of(path: Path, encode: Encode) -> Tensor:

@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         layers=2,
         heads=2,
         experts=6,
-        steps=4,
+        steps=2,
         batch_size=4,
         sequence_length=32,
         windows=2,
@@ -82,6 +82,17 @@ def test_recovery_is_told_beside_its_control(run: Path, tmp_path: Path) -> None:
     assert set(recovery["tables"]) == {"recovered", "against control"}
 
 
+def test_a_text_to_evaluate_on_is_used_whatever_calibrates(run: Path, tmp_path: Path) -> None:
+    text = tmp_path / "other.txt"
+    text.write_text("something else altogether, and more of it. " * 20)
+    for i, calibration in enumerate(((), ("--calibration", text))):
+        out = tmp_path / str(i)
+        given = ("--samples", 8, "--eval", f"other={text}", *calibration, "--output", out)
+        assert call("prune", run, "--keep", 4, *given) == 0
+        report = json.loads((out / "report.json").read_text())
+        assert set(report["domains"]) == {"other", "(calibration)"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -92,6 +103,9 @@ def test_recovery_is_told_beside_its_control(run: Path, tmp_path: Path) -> None:
         (("--ratio", 0.5, "--calibration", "missing.txt"), "cannot read"),
         (("--ratio", 0.5, "--saliency", "router-norm"), "--reference"),
         (("--ratio", 0.5, "--samples", 0), "--samples"),
+        (("--ratio", 0.5, "--eval", "a=EMPTY", "--eval", "a=EMPTY"), "two texts"),
+        (("--ratio", 0.5, "--calibration", "SHORT"), "a window takes"),
+        (("--keep", 6), "removes nothing"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(
@@ -102,13 +116,15 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     message: str,
 ) -> None:
     (tmp_path / "empty.txt").write_text("\n")
-    given = [tmp_path / "empty.txt" if a == "EMPTY" else a for a in arguments]
+    (tmp_path / "short.txt").write_text("short\n")
+    texts = {"EMPTY": tmp_path / "empty.txt", "SHORT": tmp_path / "short.txt"}
+    given = [texts.get(str(argument), argument) for argument in arguments]
     before = contents(run)
     assert call("prune", run, *given, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err.strip()
     assert message in error and error.count("\n") == 0, error
     assert contents(run) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "short.txt"]
 
 
 def test_a_damaged_checkpoint_and_what_is_no_model_are_refused(
