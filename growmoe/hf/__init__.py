@@ -8,7 +8,6 @@
 Which families are known stands in `growmoe.hf.families`.
 """
 
-from growmoe.hf.attached import attach, detach, export
 from growmoe.hf.block import Block, allow_uneven, layers_of, remove_experts
 from growmoe.hf.families import FAMILIES, Family, family_of
 from growmoe.hf.folder import is_model_folder, load, save
@@ -18,9 +17,6 @@ __all__ = [
     "Block",
     "Family",
     "allow_uneven",
-    "attach",
-    "detach",
-    "export",
     "family_of",
     "is_model_folder",
     "layers_of",

@@ -240,6 +240,10 @@ class Block:
             "saliency, or growmoe.hf.attach the model"
         )
 
+    def keep_first(self, count: int) -> None:
+        """Shrink to so many experts, whose weights are still to be loaded."""
+        self._keep(list(range(count)))
+
     def check(self, ids: Collection[int]) -> None:
         """Raise CompressError unless these can be removed."""
         unknown = [id for id in ids if id not in self._ids]

@@ -17,7 +17,9 @@ from torch import nn
 
 from growmoe.compress.layer import CompressError
 from growmoe.compress.output import writing
-from growmoe.hf.block import blocks_of, family_of, layers_of, remove_experts
+from growmoe.hf.block import allow_uneven, blocks_of, layers_of
+from growmoe.hf.families import family_of
+from growmoe.hf.shards import Checkpoint
 
 FORMAT = "growmoe-hf-1"
 WEIGHTS = "growmoe.safetensors"
@@ -82,8 +84,6 @@ def load(path: str | Path, **options: Any) -> nn.Module:
         return _load_own(path)
     transformers = require()
     read_config(path)
-    from growmoe.hf.shards import Checkpoint
-
     Checkpoint(path)  # torn files are refused by name
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -180,11 +180,9 @@ def _load_own(path: Path) -> nn.Module:
         raise CompressError(f"{path}/growmoe.json: {_line(error)}") from error
     dtype = getattr(config, "dtype", None)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
-    remove_experts(
-        model,
-        {layer.name: layer.ids[counts[layer.name] :] for layer in layers_of(model)},
-        uneven=True,
-    ) if _shallow(model) else _shrink(model, counts)
+    with allow_uneven():
+        for layer in layers_of(model):
+            layer.keep_first(counts[layer.name])
     try:
         load_model(model, str(path / WEIGHTS))
     except (OSError, RuntimeError, SafetensorError) as error:
