@@ -42,9 +42,7 @@ DEEPSEEK = dict(
 OWN: dict[str, dict[str, Any]] = {
     "mixtral": dict(num_local_experts=8),
     "olmoe": dict(num_experts=8),
-    "qwen2_moe": dict(
-        moe_intermediate_size=24, shared_expert_intermediate_size=24, num_experts=8
-    ),
+    "qwen2_moe": dict(moe_intermediate_size=24, shared_expert_intermediate_size=24, num_experts=8),
     "qwen3_moe": dict(moe_intermediate_size=24, num_experts=8, head_dim=16, norm_topk_prob=True),
     "deepseek_v2": DEEPSEEK | dict(topk_method="group_limited_greedy"),
     "deepseek_v3": DEEPSEEK,

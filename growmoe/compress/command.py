@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shlex
 import sys
 import time
@@ -14,7 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from growmoe.compress.api import inspect, merge, prune
+from growmoe.compress.act import act_on
+from growmoe.compress.api import inspect
 from growmoe.compress.choose import Progress
 from growmoe.compress.criteria import CRITERIA
 from growmoe.compress.layer import CompressError
@@ -23,7 +23,6 @@ from growmoe.compress.merging import METHODS
 from growmoe.compress.options import Options
 from growmoe.compress.output import writing
 from growmoe.compress.plan import PerLayer
-from growmoe.compress.recovery import recover_beside_control
 from growmoe.compress.report import Inspection, Report
 from growmoe.compress.runs import is_hugging_face, load_run, save_run, texts_of
 from growmoe.console import progress_bar
@@ -226,7 +225,7 @@ def inspect_command(
     )
     with progress_bar(Console(stderr=True)) as (progress, say):
         if is_hugging_face(options.model):
-            from growmoe.hf import command as hf  # type: ignore[attr-defined]
+            from growmoe.hf import command as hf
 
             found = hf.inspect_folder(options, progress, say)
         else:
@@ -247,7 +246,7 @@ def run_command(options: Options) -> None:
     """Do what was asked for, and tell."""
     with progress_bar(Console(stderr=True)) as (progress, say):
         if is_hugging_face(options.model):
-            from growmoe.hf import command as hf  # type: ignore[attr-defined]
+            from growmoe.hf import command as hf
 
             act = hf.prune_folder if options.act == "prune" else hf.merge_folder
             report = act(options, progress, say)
@@ -271,49 +270,9 @@ def compress_run(options: Options, progress: Progress, say: Any) -> Report:
     progress(0.0, "reading")
     run = load_run(options.model)
     texts = texts_of(run, options)
-    recovers = options.recover or options.router_steps
-    whole = copy.deepcopy(run.model) if recovers else None
+    reference = None if options.reference is None else load_run(options.reference).model
     with writing(options.output) as folder:
-        if options.act == "prune":
-            reference = None if options.reference is None else load_run(options.reference).model
-            report = prune(
-                run.model,
-                texts.calibration,
-                **options.budget(),
-                saliency=options.saliency,
-                per_layer=options.per_layer,
-                selection=texts.selection,
-                evaluation=texts.evaluation,
-                guard=options.guard,
-                match=options.match,
-                reference=reference,
-                seed=options.seed,
-                progress=progress,
-            )
-        else:
-            report = merge(
-                run.model,
-                texts.calibration,
-                ratio=options.ratio,
-                keep=options.keep,
-                method=options.method,
-                evaluation=texts.evaluation,
-                match=options.match,
-                seed=options.seed,
-                progress=progress,
-            )
-        if whole is not None:
-            say(f"{report.experts_before} experts -> {report.experts_after}; recovering")
-            report.recovery = recover_beside_control(
-                run.model,
-                whole,
-                texts.training,
-                options.recover,
-                router_steps=options.router_steps,
-                control=options.control,
-                evaluation=texts.evaluation,
-                progress=progress,
-            )
+        report = act_on(run.model, texts, options, reference, progress, say)
         report.model = {"path": str(options.model), "kind": "growmoe", "command": options.command}
         report.seconds = time.perf_counter() - clock
         save_run(run, folder, report.to_json()["settings"] | {"act": report.act})

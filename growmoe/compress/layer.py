@@ -254,7 +254,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
     if own:
         return own
     if hasattr(getattr(model, "config", None), "model_type"):
-        from growmoe import hf  # type: ignore[attr-defined]
+        from growmoe import hf
 
         return list(hf.layers_of(model))
     raise CompressError(f"{type(model).__name__} holds no mixture of experts")

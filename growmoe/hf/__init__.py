@@ -10,7 +10,7 @@ Which families are known stands in `growmoe.hf.families`.
 
 from growmoe.hf.block import Block, allow_uneven, layers_of, remove_experts
 from growmoe.hf.families import FAMILIES, Family, family_of
-from growmoe.hf.folder import is_model_folder, load, save
+from growmoe.hf.folder import load, save
 
 __all__ = [
     "FAMILIES",
@@ -18,7 +18,6 @@ __all__ = [
     "Family",
     "allow_uneven",
     "family_of",
-    "is_model_folder",
     "layers_of",
     "load",
     "remove_experts",

@@ -42,9 +42,7 @@ class OffsetLogits(TorchFunctionMode):
         super().__init__()
         self.weight, self.offset_E = weight, offset_E
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is F.linear and self._is_mine(args[1] if len(args) > 1 else kwargs["weight"]):
             result = result + self.offset_E.to(result)
@@ -135,9 +133,7 @@ class Block:
         x_RD = assignment.dispatch(x_TD)
         ones_R1 = x_RD.new_ones(len(x_RD), 1)
         # around the hooks
-        return type(self.experts).forward(
-            self.experts, x_RD, assignment.expert_R[:, None], ones_R1
-        )
+        return type(self.experts).forward(self.experts, x_RD, assignment.expert_R[:, None], ones_R1)
 
     @contextmanager
     def masked(self, ids: Collection[int]) -> Iterator[None]:
@@ -145,9 +141,7 @@ class Block:
         left = self.count - len(positions)
         k = int(getattr(self.config, self.family.k))
         if left < k:
-            raise CompressError(
-                f"{self.name}: {left} experts would be left, each token takes {k}"
-            )
+            raise CompressError(f"{self.name}: {left} experts would be left, each token takes {k}")
         if not positions:
             yield
             return
@@ -338,9 +332,7 @@ def layers_of(model: nn.Module) -> list[Block]:
     Raises:
         CompressError: its family is not known here, or it holds none.
     """
-    found = [
-        Block(place.name, place.module, place.family, model) for place in blocks_of(model)
-    ]
+    found = [Block(place.name, place.module, place.family, model) for place in blocks_of(model)]
     if not found:
         raise CompressError(
             f"{type(model).__name__} ({model.config.model_type}) holds no mixture of experts"

@@ -1,7 +1,7 @@
 """The Hugging Face families: where each keeps its experts, in memory and on disk.
 
-A new family is one declaration. One like Mixtral, say, whose router is called `switch`, whose config
-counts `n_experts`, and whose files name an expert's matrices `mlp.experts.3.wi_0.weight` …:
+A new family is one declaration. One like Mixtral, say, whose router is called `switch`, whose
+config counts `n_experts`, and whose files name an expert's matrices `mlp.experts.3.wi_0.weight` …:
 
     FAMILIES["newmoe"] = Family(
         count="n_experts",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from growmoe.hf.families import family_of
 from growmoe.hf.shards import Checkpoint
 
 FORMAT = "growmoe-hf-1"
-WEIGHTS = "growmoe.safetensors"
+OWN, WEIGHTS = "growmoe.json", "growmoe.safetensors"
 
 
 def require() -> Any:
@@ -40,15 +41,6 @@ def require() -> Any:
     return transformers
 
 
-def is_model_folder(path: str | Path) -> bool:
-    """Whether this is a folder of a transformers model, or of growmoe's own format."""
-    try:
-        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and ("model_type" in config or "architectures" in config)
-
-
 def read_config(path: str | Path) -> Any:
     """The config of a folder of a known family.
 
@@ -57,16 +49,37 @@ def read_config(path: str | Path) -> Any:
     """
     transformers = require()
     path = Path(path)
-    if not is_model_folder(path):
-        raise CompressError(f"{path} is no folder of a model: it has no config.json of one")
-    raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    kind = raw.get("model_type")
-    family_of(type("Config", (), {"model_type": kind}))
+    if (path / OWN).is_file():
+        return _read_own(path)[0]
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        kind = raw.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CompressError(f"{path} is no folder of a model: {_line(error)}") from error
+    family_of(SimpleNamespace(model_type=kind))
+    try:
+        return transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # its own checks raise many kinds
         raise CompressError(f"{path}/config.json: {_line(error)}") from error
-    return config
+
+
+def tokenizer_of(path: Path) -> Any:
+    """The tokenizer in a folder.
+
+    Raises:
+        CompressError: there is none.
+    """
+    config = read_config(path)
+    try:
+        tokenizer = require().AutoTokenizer.from_pretrained(
+            path, config=config, local_files_only=True
+        )
+    except Exception as error:  # of many kinds, by what is missing
+        raise CompressError(f"{path} has no tokenizer that can be read: {_line(error)}") from error
+    # without files transformers may make one that knows no word
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise CompressError(f"{path} has no tokenizer: its files are missing or empty")
+    return tokenizer
 
 
 def load(path: str | Path, **options: Any) -> nn.Module:
@@ -80,7 +93,7 @@ def load(path: str | Path, **options: Any) -> nn.Module:
         CompressError: no known family, torn or missing files.
     """
     path = Path(path)
-    if (path / "growmoe.json").is_file():
+    if (path / OWN).is_file():
         return _load_own(path)
     transformers = require()
     read_config(path)
@@ -140,7 +153,7 @@ def copy_small_files(source: Path, folder: Path) -> None:
     for file in sorted(source.iterdir()):
         weights = file.suffix in (".safetensors", ".bin", ".pt", ".gguf", ".h5", ".msgpack")
         index = file.name.endswith(".index.json")
-        ours = file.name in ("config.json", "growmoe.json") or file.name.startswith("report.")
+        ours = file.name in ("config.json", OWN) or file.name.startswith("report.")
         if file.is_file() and not (weights or index or ours) and not (folder / file.name).exists():
             shutil.copy2(file, folder / file.name)
 
@@ -153,7 +166,7 @@ def _write_own(model: Any, folder: Path, counts: dict[str, int]) -> None:
     family = family_of(model.config)
     config[family.count] = max(counts.values())
     held = {"format": FORMAT, "config": config, "experts": counts}
-    (folder / "growmoe.json").write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+    (folder / OWN).write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
     shown = {
         "model_type": f"growmoe_{config['model_type']}",
         "growmoe": "layers hold different numbers of experts: load with growmoe.hf.load",
@@ -165,21 +178,25 @@ def _write_own(model: Any, folder: Path, counts: dict[str, int]) -> None:
         raise CompressError(f"the model cannot be written: {_line(error)}") from error
 
 
-def _load_own(path: Path) -> nn.Module:
+def _read_own(path: Path) -> tuple[Any, dict[str, int]]:
+    """The config, and the number of experts of each block."""
     transformers = require()
+    try:
+        held = json.loads((path / OWN).read_text(encoding="utf-8"))
+        if held["format"] != FORMAT:
+            raise ValueError(f"its format is {held['format']!r}, not {FORMAT!r}")
+        return transformers.AutoConfig.for_model(**held["config"]), dict(held["experts"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CompressError(f"{path / OWN}: {_line(error)}") from error
+
+
+def _load_own(path: Path) -> nn.Module:
     from safetensors import SafetensorError
     from safetensors.torch import load_model
 
-    try:
-        held = json.loads((path / "growmoe.json").read_text(encoding="utf-8"))
-        if held["format"] != FORMAT:
-            raise CompressError(f"{path}/growmoe.json is of a format unknown here")
-        config = transformers.AutoConfig.for_model(**held["config"])
-        counts: dict[str, int] = held["experts"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CompressError(f"{path}/growmoe.json: {_line(error)}") from error
+    config, counts = _read_own(path)
     dtype = getattr(config, "dtype", None)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
+    model = require().AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
     with allow_uneven():
         for layer in layers_of(model):
             layer.keep_first(counts[layer.name])

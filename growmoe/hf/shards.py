@@ -14,7 +14,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from growmoe.compress.layer import CompressError
@@ -197,8 +196,10 @@ def _files(folder: Path) -> list[Path]:
         files = [folder / "model.safetensors"]
     missing = [file.name for file in files if not file.is_file()]
     if missing and len(files) > 1:
-        raise CompressError(f"{folder}: {len(missing)} of {len(files)} files of its weights are "
-                            f"missing, such as {missing[0]}")
+        raise CompressError(
+            f"{folder}: {len(missing)} of {len(files)} files of its weights are "
+            f"missing, such as {missing[0]}"
+        )
     if missing:
         raise CompressError(f"{folder} has no safetensors: neither {missing[0]} nor {INDEX}")
     return files
@@ -235,5 +236,3 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
             f"{8 + length + max(ends, default=0):,}"
         )
     return header, 8 + length
-
-

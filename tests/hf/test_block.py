@@ -10,11 +10,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hf_models import GROUPED, OWN, double, logits, masked_by_hand, tiny, tokens  # noqa: E402
+from hf_models import GROUPED, OWN, double, logits, masked_by_hand, tiny, tokens
 
-import growmoe  # noqa: E402
-from growmoe import hf  # noqa: E402
-from growmoe.compress import CompressError, collect, merge, prune  # noqa: E402
+import growmoe
+from growmoe import hf
+from growmoe.compress import CompressError, collect, merge, prune
 
 EVERY = sorted(OWN)
 HALF = [0, 3, 5, 6]  # two of each group of four
@@ -174,7 +174,7 @@ class TestRefused:
         model = tiny("mixtral")
         with pytest.raises(CompressError, match="1 of 8 experts"):
             prune(model, [tokens()], keep=1)
-        with pytest.raises(CompressError, match="each token takes|takes 2 for each token"):
+        with pytest.raises(CompressError, match="takes 2 for each token"):
             hf.remove_experts(model, {hf.layers_of(model)[0].name: range(7)})
         assert hf.layers_of(model)[0].count == 8
 
