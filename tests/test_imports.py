@@ -25,6 +25,7 @@ LEVELS = [
     {"organizer"},
     {"checkpoint"},
     {"distributed"},
+    {"testing"},
 ]
 CORE = set().union(*LEVELS)
 HEAVY = {
