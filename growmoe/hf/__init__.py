@@ -8,6 +8,7 @@
 Which families are known stands in `growmoe.hf.families`.
 """
 
+from growmoe.hf.attached import attach, attached_layers, detach, export
 from growmoe.hf.block import Block, allow_uneven, layers_of, remove_experts
 from growmoe.hf.families import FAMILIES, Family, family_of
 from growmoe.hf.folder import load, save
@@ -17,6 +18,10 @@ __all__ = [
     "Block",
     "Family",
     "allow_uneven",
+    "attach",
+    "attached_layers",
+    "detach",
+    "export",
     "family_of",
     "layers_of",
     "load",

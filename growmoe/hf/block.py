@@ -12,15 +12,14 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from growmoe.assignment import Assignment
 from growmoe.compress.layer import CompressError, Observed
 from growmoe.consent import evaluating
 from growmoe.hf.bodies import body_of, tensors_of
 from growmoe.hf.families import Family, family_of
+from growmoe.hf.masking import OffsetLogits
 
 _uneven: ContextVar[bool] = ContextVar("uneven", default=False)
 
@@ -35,24 +34,6 @@ def allow_uneven() -> Iterator[None]:
         _uneven.reset(token)
 
 
-class OffsetLogits(TorchFunctionMode):
-    """Within, the linear map with this weight gives its result plus an offset: float [E]."""
-
-    def __init__(self, weight: Tensor, offset_E: Tensor) -> None:
-        super().__init__()
-        self.weight, self.offset_E = weight, offset_E
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is F.linear and self._is_mine(args[1] if len(args) > 1 else kwargs["weight"]):
-            result = result + self.offset_E.to(result)
-        return result
-
-    def _is_mine(self, weight: Tensor) -> bool:
-        # a cast of it is no longer the same tensor, but it has its shape
-        return weight is self.weight or weight.shape == self.weight.shape
-
-
 class Block:
     """One mixture of a transformers model, as a `growmoe.compress.Layer`.
 
@@ -63,7 +44,7 @@ class Block:
         module: the family's block.
     """
 
-    def __init__(self, name: str, module: nn.Module, family: Family, model: nn.Module) -> None:
+    def __init__(self, name: str, module: Any, family: Family, model: nn.Module) -> None:
         self.name, self.module, self.family, self.model = name, module, family, model
         self.config: Any = model.config
         self.uniform = not _uneven.get()
@@ -275,17 +256,22 @@ class Block:
 
     def tell_size(self) -> None:
         """Write the count wherever the modules, and the config if all agree, hold it."""
-        for path in self.family.sizes:
-            owner, _, last = path.rpartition(".")
-            try:
-                holder = self.module.get_submodule(owner)
-            except AttributeError:
-                continue
-            if hasattr(holder, last):
-                setattr(holder, last, self.count)
+        set_sizes(self.module, self.family, self.count)
         counts = {block.count for block in blocks_of(self.model)}
         if len(counts) == 1:
             setattr(self.config, self.family.count, counts.pop())
+
+
+def set_sizes(block: nn.Module, family: Family, count: int) -> None:
+    """Write the number of experts wherever the modules of a block hold it."""
+    for path in family.sizes:
+        owner, _, last = path.rpartition(".")
+        try:
+            holder = block.get_submodule(owner)
+        except AttributeError:
+            continue
+        if hasattr(holder, last):
+            setattr(holder, last, count)
 
 
 def _select(owner: nn.Module, name: str, dim: int, positions: list[int]) -> None:
@@ -326,7 +312,7 @@ def blocks_of(model: nn.Module) -> list[_Place]:
     ]
 
 
-def layers_of(model: nn.Module) -> list[Block]:
+def layers_of(model: Any) -> list[Block]:
     """The mixtures of a transformers model, in its order.
 
     Raises:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from growmoe.experts.expert import seeded
 from growmoe.experts.ffn import FFN
 
 
@@ -50,7 +51,7 @@ class GatedExpert(nn.Module):
             bias,
         )
         self.alpha, self.limit = alpha, limit
-        shapes = {
+        shapes: dict[str, tuple[int, ...]] = {
             "w_gate": (d_model, d_hidden),
             "w_up": (d_model, d_hidden),
             "w_out": (d_hidden, d_model),
@@ -60,6 +61,13 @@ class GatedExpert(nn.Module):
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.reset_parameters()
+
+    w_gate: nn.Parameter
+    w_up: nn.Parameter
+    w_out: nn.Parameter
+    b_gate: nn.Parameter
+    b_up: nn.Parameter
+    b_out: nn.Parameter
 
     def config(self) -> dict[str, Any]:
         """What `GatedExpert(**config)` needs to build one of the same shape."""
@@ -71,6 +79,19 @@ class GatedExpert(nn.Module):
         for name, p in self.named_parameters():
             fan_in = self.d_hidden if name.endswith("out") else self.d_model
             nn.init.uniform_(p, -(fan_in**-0.5), fan_in**-0.5)
+
+    def fresh(
+        self,
+        d_model: int,
+        d_out: int,
+        *,
+        generator: torch.Generator,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> GatedExpert:
+        """A new expert of this kind with random weights."""
+        with seeded(generator):
+            return GatedExpert(**self.config()).to(device=device, dtype=dtype)
 
     def forward(self, x_RD: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -95,9 +116,11 @@ class GatedExpert(nn.Module):
             gain_FF = (_units(self) @ _units(other).T).cpu().numpy()
             unit = torch.as_tensor(linear_sum_assignment(gain_FF, maximize=True)[1])
             for name, p in other.named_parameters():
+                value = p.double()
                 if name != "b_out":
-                    p = p[unit] if name in ("w_out", "b_gate", "b_up") else p[:, unit]
-                total[name] = total[name] + p.double() * weight
+                    rows = name in ("w_out", "b_gate", "b_up")
+                    value = value[unit] if rows else value[:, unit]
+                total[name] = total[name] + value * weight
         with torch.random.fork_rng(devices=()):  # it is overwritten at once
             result = GatedExpert(**self.config()).to(self.w_out)
         for name, p in result.named_parameters():
@@ -160,14 +183,15 @@ def tensors_of(body: nn.Module, experts: nn.Module) -> dict[str, Tensor]:
         ValueError: the body is not of the kind or the shape that these experts are.
     """
     layout: Any = experts
+    found: dict[str, Tensor] = {}
+    gate_up: Tensor
+    down: Tensor
     if isinstance(body, FFN) and body.activation == "swiglu" and _is_swiglu(experts):
         if body.bias:
             raise ValueError(f"{body!r} has biases, which experts of this family have not")
         gate_up, down = body.w_in, body.w_out
-        found = {}
     elif isinstance(body, GatedExpert) and not _is_swiglu(experts):
         gate_up, down = _joined(layout, body.w_gate, body.w_up), body.w_out
-        found = {}
         if body.bias:
             found = {
                 "gate_up_proj_bias": _joined(layout, body.b_gate, body.b_up),
@@ -184,6 +208,15 @@ def tensors_of(body: nn.Module, experts: nn.Module) -> dict[str, Tensor]:
                 f"{tuple(p.shape[1:])}"
             )
     return found
+
+
+def template_of(experts: nn.Module) -> nn.Module:
+    """What newborn experts of this kind are made from; it holds no weights."""
+    example = body_of(experts, 0, copy=False)
+    if isinstance(example, FFN):
+        return FFN(example.d_hidden, "swiglu")
+    assert isinstance(example, GatedExpert)
+    return _empty_gated(experts, example.d_model, example.d_hidden)
 
 
 def _is_swiglu(experts: nn.Module) -> bool:

@@ -40,6 +40,7 @@ class Family:
         groups: fields of the config with the number of groups and of those a token may choose in.
         grouped: a field and the value it has if the groups count; None: they always do.
         group_best: how many experts of a group its score is made of.
+        sigmoid: whether scores are sigmoids of the logits, and not their softmax.
         disk_block: the block's name in files.
         disk_rows: name in files -> name in memory, where they differ.
         split: in files, names of an expert's gate, up and down matrices after ``experts.3.``; None
@@ -63,6 +64,7 @@ class Family:
     groups: tuple[str, str] | None = None
     grouped: tuple[str, Any] | None = None
     group_best: int = 1
+    sigmoid: bool = False
     disk_block: str = "mlp"
     disk_rows: Mapping[str, str] = field(default_factory=dict)
     split: tuple[str, str, str] | None = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
@@ -94,6 +96,7 @@ _DEEPSEEK_V3 = Family(
     correction="gate.e_score_correction_bias",
     groups=("n_group", "topk_group"),
     group_best=2,
+    sigmoid=True,
 )
 _GRANITE = Family(
     count="num_local_experts",
@@ -143,6 +146,7 @@ FAMILIES: dict[str, Family] = {
         count="num_local_experts",
         rows={"gate.weight": 0, "e_score_correction_bias": 0},
         correction="e_score_correction_bias",
+        sigmoid=True,
         arguments=("e_score_correction_bias",),
         disk_block="block_sparse_moe",
         split=_MIXTRAL_FILES,

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
 
 from growmoe.compress.layer import CompressError
 from growmoe.compress.output import writing
@@ -82,7 +81,7 @@ def tokenizer_of(path: Path) -> Any:
     return tokenizer
 
 
-def load(path: str | Path, **options: Any) -> nn.Module:
+def load(path: str | Path, **options: Any) -> Any:
     """A causal language model from a folder, plain or in growmoe's own format.
 
     Args:
@@ -190,7 +189,7 @@ def _read_own(path: Path) -> tuple[Any, dict[str, int]]:
         raise CompressError(f"{path / OWN}: {_line(error)}") from error
 
 
-def _load_own(path: Path) -> nn.Module:
+def _load_own(path: Path) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_model
 
