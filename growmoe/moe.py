@@ -219,6 +219,7 @@ class MoE(nn.Module):
                     out_RO.detach(),
                     self.generator,
                     routing.candidates_TE,
+                    routing.novel_T,
                 )
         return routing, out_RO
 

@@ -148,6 +148,7 @@ class Recorder(nn.Module):
         out_RO: Tensor,
         generator: torch.Generator,
         candidates_TE: Tensor | None = None,
+        novel_T: Tensor | None = None,
     ) -> None:
         """Write one training forward into the records."""
         r = self.records(experts)
@@ -181,7 +182,8 @@ class Recorder(nn.Module):
             x_QD, x_ND = at_X[:, : self.d_model].split([len(row_Q), len(row_N)])
             expert_Q = torch.searchsorted(counts_E.cumsum(0), row_Q, right=True)
             judges_QE = None if candidates_TE is None else at_X[: len(row_Q), self.d_model :] > 0
-            self._observe_novelty(r, x_QD, expert_Q, hit_rate_E, judges_QE)
+            novel_Q = None if novel_T is None else novel_T[assignment.token_R[row_Q]]
+            self._observe_novelty(r, x_QD, expert_Q, hit_rate_E, judges_QE, novel_Q)
             if len(row_N):
                 self._keep_evidence(r, x_ND, hit_E & keep[0], keep[1])
 
@@ -192,6 +194,7 @@ class Recorder(nn.Module):
         expert_Q: Tensor,
         hit_rate_E: Tensor,
         candidates_QE: Tensor | None,
+        novel_Q: Tensor | None,
     ) -> None:
         finite_Q = x_QD.isfinite().all(1)
         x_QD = torch.where(finite_Q[:, None], x_QD, 0.0)
@@ -199,7 +202,9 @@ class Recorder(nn.Module):
         ready_E = r["hits"] > READY_HITS
         judge_QE = ready_E if candidates_QE is None else ready_E & candidates_QE
         nearest_Q = z_QE.masked_fill(~judge_QE, torch.inf).amin(1)
-        novel_Q = (nearest_Q > NOVEL_Z) & nearest_Q.isfinite() & finite_Q
+        if novel_Q is None:
+            novel_Q = (nearest_Q > NOVEL_Z) & nearest_Q.isfinite()
+        novel_Q = novel_Q & finite_Q
         own_z_Q = z_QE.gather(1, expert_Q[:, None])[:, 0]
         own_score_Q = own_z_Q * score_sd(r)[expert_Q] + r["score_mean"][expert_Q]
 

@@ -38,7 +38,9 @@ class ClosedFormGate(Router):
        separates two experts is told best by their own scatter, not by everyone's. The expert's
        weight is Σ over its opponents of σ(4 · head), over the sum of all.
 
-    Heads are solved when first needed and kept until the moments behind them change.
+    Where the experts keep their features in blocks (`Moments`), each block has heads of its own
+    and their mean decides. Heads are solved when first needed and kept until the moments behind
+    them change.
 
     Args:
         shortlist: S.
@@ -173,19 +175,26 @@ class ClosedFormGate(Router):
         stamps = ("global", *(_stamp(e) for e in experts))
 
         def solve() -> Tensor:
-            total_GG = sum(_moment(e).double() for e in experts)
-            assert isinstance(total_GG, Tensor)
-            cross_CG = total_GG.new_zeros(labels, len(total_GG))
+            sums: list[Tensor] = []
+            crosses: list[Tensor] = []
             for expert, c in zip(experts, index_E.tolist(), strict=True):
-                cross_CG[c] += _moment(expert)[-1]
-            return solve_ridge(total_GG, cross_CG.T, self.ridge)
+                moments, totals = scaled_moments(expert)
+                if not sums:
+                    sums = [torch.zeros_like(m, dtype=torch.float64) for m in moments]
+                    crosses = [m.new_zeros(labels, len(m)) for m in sums]
+                for b, (moment_GG, total_G) in enumerate(zip(moments, totals, strict=True)):
+                    sums[b] += moment_GG
+                    crosses[b][c] += total_G
+            return solve_blocks(sums, [cross_CG.T for cross_CG in crosses], self.ridge)
 
         return self._head(stamps, solve)
 
     def _local_head(self, a: Expert, b: Expert) -> Tensor:
         def solve() -> Tensor:
-            m_a, m_b = _moment(a), _moment(b)
-            return solve_ridge(m_a + m_b, (m_a[-1] - m_b[-1])[:, None], self.local_ridge)[:, 0]
+            (moments_a, totals_a), (moments_b, totals_b) = scaled_moments(a), scaled_moments(b)
+            both = [m + n for m, n in zip(moments_a, moments_b, strict=True)]
+            apart = [(m - n)[:, None] for m, n in zip(totals_a, totals_b, strict=True)]
+            return solve_blocks(both, apart, self.local_ridge)[:, 0]
 
         return self._head(("local", _stamp(a), _stamp(b)), solve)
 
@@ -205,6 +214,23 @@ class ClosedFormGate(Router):
 
     def extra_repr(self) -> str:
         return f"shortlist={self.shortlist}, ridge={self.ridge}, local_ridge={self.local_ridge}"
+
+
+def solve_blocks(
+    moments: Sequence[Tensor], targets: Sequence[Tensor], ridge: float
+) -> Tensor:
+    """`solve_ridge` for each block, as one head on all features: the mean of the blocks' scores.
+
+    Args:
+        moments: float [G_b, G_b] for each block.
+        targets: float [G_b, C] for each block.
+
+    Returns:
+        float32 [Σ (G_b - 1) + 1, C].
+    """
+    heads = [solve_ridge(m, t, ridge) for m, t in zip(moments, targets, strict=True)]
+    constant_1C = torch.stack([head[-1] for head in heads]).sum(0, keepdim=True)
+    return torch.cat([*(head[:-1] for head in heads), constant_1C]) / len(heads)
 
 
 def solve_ridge(moment_GG: Tensor, target_GC: Tensor, ridge: float) -> Tensor:
@@ -242,10 +268,13 @@ def _body(expert: Expert) -> Moments:
     return expert.body
 
 
-def _moment(expert: Expert) -> Tensor:
-    """Its moments, scaled up to all it received, so that one that was frozen keeps its say."""
-    body = _body(expert)
-    return body.moment * _scale(expert)
+def scaled_moments(expert: Expert) -> tuple[list[Tensor], list[Tensor]]:
+    """Moment and sum of each block, scaled up to all the expert received.
+
+    So that one that was frozen keeps its say.
+    """
+    body, scale = _body(expert), _scale(expert)
+    return [m * scale for m in body.moments()], [t * scale for t in body.totals()]
 
 
 def _scale(expert: Expert) -> float:

@@ -24,6 +24,8 @@ class Routing:
         logits_TE: float32 [T, E], what they came from; -inf for an expert not admitted yet.
         candidates_TE: bool [T, E], which experts might have explained the token, for novelty; all
             if left out.
+        novel_T: bool [T], which tokens are novel, where the router itself can tell better than the
+            distances of `growmoe.signals`.
         aux: a scalar that the router itself wants added to the loss, its coefficient included.
     """
 
@@ -32,6 +34,7 @@ class Routing:
     logits_TE: Tensor
     candidates_TE: Tensor | None = None
     aux: Tensor | None = None
+    novel_T: Tensor | None = None
 
 
 class Router(nn.Module):

@@ -43,6 +43,47 @@ def test_moments_are_the_sum_over_all_rows_whatever_their_order_and_batches():
     torch.testing.assert_close(whole.moment, x1.T @ x1)
     torch.testing.assert_close(parts.moment, whole.moment)
     assert whole.count == len(x)
+    torch.testing.assert_close(whole.totals()[0], x1.sum(0))
+
+
+@pytest.mark.parametrize("width", (1, 127, 128, 300))
+def test_half_of_the_symmetric_moment_is_kept_and_rows_can_be_taken_back(width):
+    x = torch.randn(50, width, generator=torch.Generator().manual_seed(0))
+    body = Moments(2, 0, width)
+    body(x)
+    x1 = F.pad(x, (0, 1), value=1.0)
+    torch.testing.assert_close(body.moment, x1.T @ x1)
+    assert body.panels.numel() <= (width + 1) * (width + 1 + 128) / 2
+    body.add(x[20:], times=-1.0)
+    torch.testing.assert_close(body.moment, x1[:20].T @ x1[:20], rtol=1e-4, atol=1e-4)
+    assert body.count == 20
+
+
+def test_blocks_are_summed_up_apart_and_their_heads_averaged():
+    x, y = clusters(400, d_model=6)
+    body = Moments(3, 1, 6, blocks=(4, 2))
+    body(x)
+    for moment, part in zip(body.moments(), (x[:, :4], x[:, 4:]), strict=True):
+        part1 = F.pad(part, (0, 1), value=1.0)
+        torch.testing.assert_close(moment, part1.T @ part1)
+    assert body.sample(7, torch.Generator().manual_seed(0)).shape == (7, 6)
+    with pytest.raises(ValueError, match=r"blocks \(4, 3\) do not make up 6"):
+        Moments(3, 1, 6, blocks=(4, 3))
+
+    def scores(columns, blocks):
+        layer = growmoe.MoE(
+            columns.stop - columns.start,
+            [lambda c=c: Moments(3, c, columns.stop - columns.start, blocks) for c in range(3)],
+            num_experts=3,
+            router=ClosedFormGate(),
+            d_out=3,
+            evidence="moments",
+        )
+        layer.train()(x[:, columns], context=y)
+        return layer.eval().route(x[:, columns]).logits_TE
+
+    both = (scores(slice(0, 4), None) + scores(slice(4, 6), None)) / 2
+    torch.testing.assert_close(scores(slice(0, 6), (4, 2)), both)
 
 
 def test_a_merger_is_what_one_expert_would_hold_that_had_seen_everything():
