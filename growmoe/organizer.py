@@ -345,6 +345,9 @@ def snapshot(layer: MoE, step: int = 0) -> Signals:
                 changes[expert.id] = change
         return changes
 
+    overlap = layer.router.overlap(experts)
+    if overlap is None:
+        overlap = distance_z(view, view.mean)
     return Signals(
         layer=layer.name,
         step=step,
@@ -357,7 +360,7 @@ def snapshot(layer: MoE, step: int = 0) -> Signals:
         novel_count=count,
         novel_mean=None if mean is None else mean.cpu(),
         novel_nearest=nearest,
-        overlap=distance_z(view, view.mean).cpu(),
+        overlap=overlap.cpu(),
         similarity=similarity,
         usefulness=usefulness,
     )

@@ -252,7 +252,9 @@ class Recorder(nn.Module):
         r["novel"] += NOVELTY_RATE * (hit_rate_E > 0) * (novel_E - r["novel"])
 
         novel = self.novel
-        novel[0] += NOVELTY_RATE * (novel_Q.float().mean() - novel[0])
+        # a router's own judgement of single inputs is counted by inputs, whatever the batch
+        rate = NOVELTY_RATE if novel_T is None else min(1.0, len(assignment.token_R) / 512)
+        novel[0] += rate * (novel_Q.float().mean() - novel[0])
         novel[1] = torch.maximum(novel[1], novel[0])
         novel[2] += novel_Q.sum()
         novel[3:] += (x_QD * novel_Q[:, None]).sum(0)

@@ -1,21 +1,24 @@
-"""A classifier that grows on a stream: fixed features, closed-form experts, the organizer.
+"""A classifier that grows on a stream: fixed features, domains found by novelty, closed-form heads.
 
-It sees no task labels and no boundaries, keeps no examples, and passes once over the stream.
+It sees no task labels and no boundaries, keeps no examples but those that wait for a decision, and
+passes once over the stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from growmoe import surgery
+from growmoe.continual.cell import Memory, tensor_bytes
+from growmoe.continual.domains import Domain, DomainGate
 from growmoe.continual.intake import Features, Intake
-from growmoe.experts.moments import Moments
-from growmoe.lineage import Event
+from growmoe.lineage import Event, Lineage
 from growmoe.moe import MoE
 from growmoe.organizer import Organizer
 from growmoe.routers.closed_form import ClosedFormGate
@@ -24,42 +27,51 @@ from growmoe.rules import (
     MergeOverlapping,
     PruneIdle,
     Rule,
-    SplitOnNovelty,
+    SpawnOnNovelty,
     ThawOnNovelty,
 )
 
+VIEW = 256  # components of the first block of features, by which novelty is judged
+WINDOW = 4  # batches whose novel inputs wait for a decision
+
 
 def default_rules() -> list[Rule]:
-    """The rules of `GrowingClassifier`; leave some out to see what they are worth."""
-    return [
-        SplitOnNovelty(),
-        MergeOverlapping(),
-        PruneIdle(),
-        FreezeSettled(),
-        ThawOnNovelty(),
-    ]
+    """What makes domains of `GrowingClassifier`; leave some out to see what they are worth."""
+    return [SpawnOnNovelty(share=0.17), MergeOverlapping(), PruneIdle()]
+
+
+def default_label_rules() -> list[Rule]:
+    """What becomes of the label experts within a domain."""
+    return [FreezeSettled(), ThawOnNovelty()]
 
 
 class GrowingClassifier(nn.Module):
-    """A growing mixture of `Moments` experts behind a `ClosedFormGate`, on fixed features.
+    """A growing mixture of `Domain` experts, each a mixture of `Moments`, on fixed features.
 
-    An expert is born when a label appears that no expert has, or when the inputs of a label have
-    become novel to all its experts; the rules see to the rest. `learn` takes labelled batches of
-    any size in any order; calling the model predicts, at any time. Save it whole, by `torch.save`
-    or pickle: its features are no tensors of a state dict.
+    A domain is born when inputs arrive that no domain explains given their labels; a label's expert
+    within it when the label first appears there. `learn` takes labelled batches of any size in any
+    order; calling the model predicts, at any time, without label or domain. Save it whole, by
+    `torch.save` or pickle: its features are no tensors of a state dict.
+
+    Until a decision, what is novel is learned by the domain that explains it best; the novel inputs
+    of the last four batches wait beside, and are taken back and given to the newborn if there is
+    one. They count as memory.
 
     Args:
         features: fitted on the first `early` images, which wait until then.
         num_classes: C.
         early: how many images wait.
-        rules: in place of `default_rules()`.
-        gate: in place of `ClosedFormGate()`.
-        every: learned batches between decisions.
-        seed: of the features and of the layer's own generator.
+        rules: on domains, in place of `default_rules()`.
+        label_rules: on the label experts of each domain, in place of `default_label_rules()`.
+        gate: of the label experts, in place of `ClosedFormGate()`.
+        domain_gate: in place of `DomainGate()`.
+        num_domains: domains to begin with; with `rules=[]` their number is fixed.
+        seed: of the features and of the layers' own generators.
 
     Attributes:
-        layer: the `MoE`, once the features are fitted; None before.
+        layer: the `MoE` of domains, once the features are fitted; None before.
         organizer: its organizer, likewise.
+        lineage: the events of all layers so far, in order.
     """
 
     def __init__(
@@ -67,98 +79,234 @@ class GrowingClassifier(nn.Module):
         features: Features,
         num_classes: int,
         *,
-        early: int = 256,
+        early: int = 1000,
         rules: Sequence[Rule] | None = None,
+        label_rules: Sequence[Rule] | None = None,
         gate: ClosedFormGate | None = None,
-        every: int = 8,
+        domain_gate: DomainGate | None = None,
+        num_domains: int = 1,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be positive, got {num_classes!r}")
+        for name, value in (("num_classes", num_classes), ("num_domains", num_domains)):
+            if value < 1:
+                raise ValueError(f"{name} must be positive, got {value!r}")
         self.features, self.num_classes = features, num_classes
         self.rules = default_rules() if rules is None else list(rules)
-        self.every, self.seed = every, seed
+        self.label_rules = default_label_rules() if label_rules is None else list(label_rules)
         self.gate = ClosedFormGate() if gate is None else gate
+        self.domain_gate = DomainGate() if domain_gate is None else domain_gate
+        self.num_domains, self.seed = num_domains, seed
         self.layer: MoE | None = None
         self.organizer: Organizer | None = None
+        self.lineage: list[Event] = []
         self._intake = Intake(features, early, seed)
+        self._mean_D, self._view_DV = torch.zeros(0), torch.zeros(0, 0)
+        self._entered: int | None = None
+        # (batch, inputs, labels, where they went)
+        self._novel: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self._most_waiting = 0
 
     def learn(self, images: Tensor, labels: Tensor) -> list[Event]:
         """Take in a labelled batch once.
 
         Args:
-            images: float32 [N, 1, H, W], as the features take them.
+            images: float32 [N, ...], as the features take them.
             labels: int64 [N], in [0, C).
 
         Returns:
-            What was born and what the organizer did.
+            What was born and what the organizers did.
 
         Raises:
-            ValueError: labels out of range, not as many as images, or images that are not finite;
-                nothing is learned then.
+            ValueError: labels that are not integers in range, or not as many as images; images that
+                are not finite or change their shape. Nothing is learned then.
         """
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            raise ValueError(
-                f"labels must be in [0, {self.num_classes}), got "
-                f"{int(labels.min())} to {int(labels.max())}"
-            )
+        self._check(labels)
         return [e for x, y in self._intake(images, labels) for e in self._learn(x, y)]
 
     def finish(self) -> list[Event]:
         """Begin even if fewer than `early` images have come, as a first prediction does."""
         return [e for x, y in self._intake.flush() for e in self._learn(x, y)]
 
+    def enter(self, domain: int | None = None) -> int:
+        """Be told that another domain begins: all that is learned from now on is of that one.
+
+        For controls, such as growth at oracle boundaries; prediction is told nothing.
+
+        Args:
+            domain: the id of one to return to; None for a new one.
+
+        Returns:
+            The id.
+
+        Raises:
+            KeyError: no domain has this id.
+        """
+        self.finish()
+        if self.layer is None or self.organizer is None:
+            self._entered = 0  # the first is born with the first input
+        elif domain is None:
+            newest = list(self.layer.experts)[-1]
+            event = surgery.spawn(
+                self.layer, newest, admitted=True, step=self.organizer.steps, reason="was told to"
+            )
+            self._entered = self._named(event)
+        elif domain in self.layer.experts:
+            self._entered = domain
+        else:
+            raise KeyError(f"no domain {domain!r}; the living are {list(self.layer.experts)}")
+        return self._entered
+
     def forward(self, images: Tensor) -> Tensor:
         """Scores [N, C]: each label's share of the votes; 0 for one that was not shortlisted.
 
         Raises:
             RuntimeError: nothing was learned yet.
+            ValueError: images that are not finite or of another shape than those learned.
         """
         self.finish()
         if self.layer is None:
             raise RuntimeError("GrowingClassifier: nothing was learned yet")
+        self._intake.check(images)
         self.layer.eval()
         with torch.no_grad():
-            scores = self.layer(self.features(images))
+            scores: Tensor = self.layer(self._inputs(self.features(images)))
         self.layer.train(self.training)
         return scores
 
-    def _learn(self, x_TD: Tensor, labels: Tensor) -> list[Event]:
-        events = []
-        if self.layer is None or self.organizer is None:
-            self.layer, self.organizer = self._begin(x_TD.shape[1], int(labels[0]))
-            events += list(self.layer.lineage)
-        self.layer.train()
-        known = {int(cast(Moments, e.body).label) for e in self.layer.experts.values()}
-        for label in sorted(set(labels.tolist()) - known):
-            events.append(
-                surgery.spawn(
-                    self.layer,
-                    expert=self._kind(x_TD.shape[1], label),
-                    admitted=True,
-                    step=self.organizer.steps,
-                    reason=f"label {label} has no expert",
-                    signals={"label": float(label)},
-                )
-            )
-        self.layer(x_TD, context=labels)
-        return events + self.organizer.step()
+    @property
+    def domains(self) -> dict[int, Domain]:
+        """The living domains by id."""
+        experts = {} if self.layer is None else self.layer.experts
+        return {id: cast(Domain, e.body) for id, e in experts.items()}
 
-    def _begin(self, d_model: int, label: int) -> tuple[MoE, Organizer]:
+    @property
+    def num_experts(self) -> int:
+        """Label experts in all domains."""
+        return sum(0 if d.layer is None else len(d.layer.experts) for d in self.domains.values())
+
+    @property
+    def num_heads(self) -> int:
+        """Numbers in all heads that were solved."""
+        inner = sum(domain.gate.head_numbers() for domain in self.domains.values())
+        return inner + self.domain_gate.head_numbers()
+
+    def memory(self) -> Memory:
+        """All that is kept, in bytes; of waiting inputs the most there ever were."""
+        if self.layer is None:
+            return Memory(examples=self._intake.waiting_bytes)
+        return Memory(
+            model=4 * self.num_heads,
+            buffers=self.features.memory_bytes + tensor_bytes(self._mean_D, self._view_DV),
+            statistics=tensor_bytes(*self.layer.buffers()),
+            examples=self._most_waiting,
+        )
+
+    def _check(self, labels: Tensor) -> None:
+        if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
+            raise ValueError(f"labels must be a tensor of integers [N], got {labels!r:.80}")
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise ValueError(
+                f"labels must be in [0, {self.num_classes}), got "
+                f"{int(labels.min())} to {int(labels.max())}"
+            )
+
+    def _inputs(self, x_ND: Tensor) -> Tensor:
+        """[view, features]: [N, V + D]."""
+        first_ND = x_ND[:, : len(self._mean_D)] - self._mean_D
+        return torch.cat([first_ND @ self._view_DV, x_ND], dim=1)
+
+    @torch.no_grad()
+    def _learn(self, x_ND: Tensor, labels: Tensor) -> list[Event]:
+        begun: list[Event] = []
+        if self.layer is None or self.organizer is None:
+            self.layer, self.organizer = self._begin(x_ND)
+            begun = list(self.layer.lineage)
+        labels = labels.long()
+        x_NI = self._inputs(x_ND)
+        self.layer.train()
+        context: dict[str, Any] = {"label": labels}
+        if self._entered is not None:
+            context["domain"] = self._entered
+        routing, _ = self.layer.rows(x_NI, context)
+        ids = list(self.layer.experts)
+        where_N = torch.empty_like(labels)
+        where_N[routing.assignment.token_R] = torch.tensor(ids)[routing.assignment.expert_R]
+        events = begun
+        for id in where_N.unique().tolist():
+            rows, expert = where_N == id, self.layer.experts[id]
+            if not expert.frozen:
+                events += cast(Domain, expert.body).learn(x_NI[rows], labels[rows])
+        self._wait(x_NI, labels, where_N, routing.novel_T)
+        acts = self.organizer.step()
+        for event in acts:
+            if event.accepted and event.act == "spawn":
+                events += self._settle(self._named(event))
+            elif event.accepted and event.act in ("merge", "prune"):
+                self._novel.clear()  # where they went may be gone
+                heir = self._named(event) if event.act == "merge" else None
+                self._entered = heir if self._entered in event.ids else self._entered
+        events = [*events, *acts]
+        self.lineage += events
+        return events
+
+    def _named(self, event: Event) -> int:
+        assert self.layer is not None and event.child is not None
+        cast(Domain, self.layer.experts[event.child].body).name = f"domain {event.child}"
+        return event.child
+
+    def _wait(self, x_NI: Tensor, labels: Tensor, where_N: Tensor, novel_N: Tensor | None) -> None:
+        """Novel inputs wait for some batches, in case they are the first of a new domain."""
+        assert self.organizer is not None
+        now = self.organizer.steps
+        self._novel = [held for held in self._novel if now - held[0] < WINDOW]
+        if novel_N is not None and novel_N.any():
+            self._novel.append((now, x_NI[novel_N], labels[novel_N], where_N[novel_N]))
+        waiting = sum(tensor_bytes(*held[1:]) for held in self._novel)
+        self._most_waiting = max(self._most_waiting, waiting)
+
+    def _settle(self, newborn: int) -> list[Event]:
+        """Give the newborn what waited, taken back from where it went."""
+        assert self.layer is not None
+        if not self._novel:
+            return []
+        x_NI = torch.cat([held[1] for held in self._novel])
+        labels = torch.cat([held[2] for held in self._novel])
+        where_N = torch.cat([held[3] for held in self._novel])
+        self._novel.clear()
+        for id in where_N.unique().tolist():
+            if id in self.layer.experts:
+                rows = where_N == id
+                cast(Domain, self.layer.experts[id].body).take_back(x_NI[rows], labels[rows])
+                self.layer.experts[id].statistics.view()["rows"] -= int(rows.sum())
+        self.layer.experts[newborn].statistics.view()["rows"] += len(labels)
+        return cast(Domain, self.layer.experts[newborn].body).learn(x_NI, labels)
+
+    def _begin(self, x_ND: Tensor) -> tuple[MoE, Organizer]:
+        blocks = getattr(self.features, "blocks", (x_ND.shape[1],))
+        first_ND = x_ND[:, : blocks[0]]
+        self._mean_D = first_ND.mean(0)
+        size = min(VIEW, max(1, len(x_ND) - 1), blocks[0])
+        _, _, vector_VD = torch.linalg.svd(first_ND - self._mean_D, full_matrices=False)
+        self._view_DV = vector_VD[:size].T.contiguous()
+        width = size + x_ND.shape[1]
+        kind = partial(
+            Domain, self.num_classes, size, width, self.gate, self.label_rules, self.seed, blocks
+        )
         layer = MoE(
-            d_model,
-            self._kind(d_model, label),
-            num_experts=1,
-            router=self.gate,
+            width,
+            kind,
+            num_experts=self.num_domains,
+            router=self.domain_gate,
             d_out=self.num_classes,
             balance_loss=0.0,
             warmup=1,
             evidence="moments",
             seed=self.seed,
         )
-        organizer = Organizer(layer, rules=self.rules, max_experts=1024, every=self.every, budget=4)
+        named = nn.ModuleDict({"domains": layer})
+        organizer = Organizer(named, rules=self.rules, max_experts=1024, every=1, cooldown=8)
+        layer.lineage = Lineage(replace(event, layer="domains") for event in layer.lineage)
+        for id, expert in layer.experts.items():
+            cast(Domain, expert.body).name = f"domain {id}"
         return layer, organizer
-
-    def _kind(self, d_model: int, label: int) -> Callable[[], Moments]:
-        return partial(Moments, self.num_classes, label, d_model)

@@ -9,7 +9,13 @@ from typing import Any
 from growmoe.continual.baselines import CellRun
 from growmoe.continual.cell import Cell, Memory, tensor_bytes
 from growmoe.continual.classifier import GrowingClassifier
-from growmoe.continual.features import RandomPatchFeatures
+from growmoe.continual.features import (
+    MultiScaleFeatures,
+    RandomPatchFeatures,
+    RandomUnits,
+    default_features,
+)
+from growmoe.continual.intake import Features
 from growmoe.continual.ridge import RidgeClassifier
 from growmoe.continual.strategy import GrowMoE, OnePass
 from growmoe.continual.streams import Stream
@@ -20,28 +26,22 @@ Progress = Callable[[float, str], None]
 def run_growmoe(stream: Stream, seed: int, progress: Progress, batch_size: int, early: int) -> Cell:
     """The growing mixture of closed-form experts (`growmoe.continual.GrowingClassifier`)."""
     run = CellRun(stream, progress)
-    features = RandomPatchFeatures.for_images(*stream.image_shape[1:])
-    classifier = GrowingClassifier(features, stream.num_classes, early=early, seed=seed)
+    classifier = GrowingClassifier(
+        default_features(stream.image_shape), stream.num_classes, early=early, seed=seed
+    )
     strategy = GrowMoE(
         classifier=classifier, train_mb_size=batch_size, plugins=[run.reporter], **run.common()
     )
     for experience in run.benchmark.train_stream:
         run.train(strategy, experience)
-    layer = classifier.layer
-    assert layer is not None
-    heads = classifier.gate.head_numbers()
     return Cell(
         run.matrix,
         run.seconds,
-        heads,
-        memory=Memory(
-            model=4 * heads,
-            buffers=features.memory_bytes,
-            statistics=tensor_bytes(*layer.buffers()),
-        ),
-        lineage=[event.to_json() for event in layer.lineage],
+        classifier.num_heads,
+        memory=classifier.memory(),
+        lineage=[event.to_json() for event in classifier.lineage],
         load_history=strategy.load_history,
-        extras={"experts": len(layer.experts)},
+        extras={"experts": classifier.num_experts, "domains": len(classifier.domains)},
     )
 
 
@@ -56,7 +56,7 @@ def run_ridge(
 ) -> Cell:
     """One closed-form head, on growmoe's features or on as many as take growmoe's memory."""
     run = CellRun(stream, progress)
-    features = RandomPatchFeatures.for_images(*stream.image_shape[1:])
+    features = default_features(stream.image_shape)
     if as_large_as_growmoe:
         features = wider(features, stream.num_classes)
     learner = RidgeClassifier(features, stream.num_classes, ridge=ridge, early=early, seed=seed)
@@ -69,17 +69,25 @@ def run_ridge(
     memory = Memory(
         model=tensor_bytes(head.W_DK),
         buffers=features.memory_bytes,
-        statistics=tensor_bytes(head.G_DD, head.C_DK),
+        statistics=tensor_bytes(head.sums.panels, head.C_DK),
     )
     return Cell(run.matrix, run.seconds, head.W_DK.numel(), memory)
 
 
-def wider(features: RandomPatchFeatures, num_classes: int) -> RandomPatchFeatures:
+def wider(features: Features, num_classes: int) -> Features:
     """Features for one head whose moments take what those of one expert per class take.
 
-    They are not projected, which serves a single head better.
+    Patch responses are not projected, which serves a single head better; the filters of every
+    scale are multiplied alike.
     """
-    width = math.sqrt(num_classes) * (features.num_features + 1)
-    options: dict[str, Any] = {**features.settings(), "components": None}
-    options["filters"] = max(1, math.floor((width - 1) / features.grid**2))
-    return RandomPatchFeatures(**options)
+    width = math.sqrt(num_classes * sum((block + 1) ** 2 for block in features.blocks)) - 1
+    if isinstance(features, RandomUnits):
+        return RandomUnits(features.width, max(1, round(width) - features.width))
+    assert isinstance(features, MultiScaleFeatures)
+    unprojected = sum(scale.grid**2 * scale.filters for scale in features.scales)
+    scales = []
+    for scale in features.scales:
+        filters = max(1, math.floor(scale.filters * width / unprojected))
+        options: dict[str, Any] = {**scale.settings(), "components": None, "filters": filters}
+        scales.append(RandomPatchFeatures(**options))
+    return MultiScaleFeatures(tuple(scales))

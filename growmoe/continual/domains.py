@@ -5,7 +5,8 @@ Legend: N inputs, V the view (what novelty is judged by), D features, E domains,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -17,10 +18,10 @@ from growmoe import surgery
 from growmoe.assignment import Assignment
 from growmoe.experts.expert import Expert
 from growmoe.experts.moments import Moments
-from growmoe.lineage import Event
+from growmoe.lineage import Event, Lineage
 from growmoe.moe import MoE
 from growmoe.organizer import Organizer
-from growmoe.routers.closed_form import ClosedFormGate, solve_ridge
+from growmoe.routers.closed_form import ClosedFormGate, scaled_moments, solve_blocks
 from growmoe.routers.gate import Context, Entry
 from growmoe.routers.router import Router, Routing
 from growmoe.rules import Rule
@@ -48,6 +49,7 @@ class Domain(nn.Module):
         gate: of the inner mixture.
         rules: of the inner mixture.
         seed: of the inner mixture.
+        blocks: of the features (`Moments`).
     """
 
     count_C: Tensor
@@ -64,12 +66,14 @@ class Domain(nn.Module):
         gate: ClosedFormGate,
         rules: Sequence[Rule],
         seed: int,
+        blocks: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.num_labels, self.view, self.d_model = num_labels, view, d_model
+        self.blocks = None if blocks is None else tuple(blocks)
         self.rules, self.seed = list(rules), seed
         self.gate = ClosedFormGate(gate.shortlist, gate.ridge, gate.local_ridge)
-        self.register_buffer("count_C", torch.zeros(num_labels, dtype=torch.float64))
+        self.register_buffer("count_C", torch.zeros(num_labels))
         self.register_buffer("sum_CV", torch.zeros(num_labels, view))
         self.register_buffer("cross_VV", torch.zeros(view, view))
         self.register_buffer("score_3C", torch.zeros(3, num_labels))  # rows, mean, variance
@@ -84,7 +88,7 @@ class Domain(nn.Module):
     def covariance(self) -> Tensor:
         """Within labels, shrunk to the parent's as if that were V/2 rows more: [V, V]."""
         n = float(self.count_C.sum())
-        mean_CV = self.sum_CV / self.count_C.clamp_min(1).float()[:, None]
+        mean_CV = self.sum_CV / self.count_C.clamp_min(1)[:, None]
         within_VV = self.cross_VV - self.sum_CV.T @ mean_CV
         prior = self.view / 2 if self.prior_VV.any() else 0.0
         cov_VV = (within_VV + prior * self.prior_VV) / max(n + prior, 1.0)
@@ -93,6 +97,13 @@ class Domain(nn.Module):
 
     def score(self, view_NV: Tensor) -> Tensor:
         """s to every label's mean: [N, C]; those of labels never seen mean nothing."""
+        white_VV, mean_CV = self._white()
+        distance_NC = torch.cdist(view_NV @ white_VV, mean_CV).square() / self.view
+        few_C = 1 + 1 / self.count_C.clamp_min(1)
+        return (distance_NC / few_C).clamp_min(1e-9).log()
+
+    def _white(self) -> tuple[Tensor, Tensor]:
+        """What whitens views within labels [V, V], and the whitened means of the labels [C, V]."""
         if self._whitening is None:
             factor_VV, info = torch.linalg.cholesky_ex(self.covariance().double())
             if info > 0:
@@ -100,23 +111,38 @@ class Domain(nn.Module):
             white_VV = torch.linalg.solve_triangular(
                 factor_VV, torch.eye(self.view, dtype=torch.float64), upper=False
             ).T.float()
-            mean_CV = self.sum_CV / self.count_C.clamp_min(1).float()[:, None]
+            mean_CV = self.sum_CV / self.count_C.clamp_min(1)[:, None]
             self._whitening = white_VV, mean_CV @ white_VV
-        white_VV, mean_CV = self._whitening
-        distance_NC = torch.cdist(view_NV @ white_VV, mean_CV).square() / self.view
-        few_C = 1 + 1 / self.count_C.clamp_min(1).float()
-        return (distance_NC / few_C).clamp_min(1e-9).log()
+        return self._whitening
 
     def novelty(self, view_NV: Tensor, label_N: Tensor) -> Tensor:
         """z of each input among those of its label: [N]; NaN where this domain cannot tell."""
         rows_C, mean_C, var_C = self.score_3C
-        known_C = (self.count_C >= 2) & (rows_C >= (PRIOR_ROWS if self.prior_VV.any() else KNOWN_ROWS))
+        known_C = (self.count_C >= 2) & (
+            rows_C >= (PRIOR_ROWS if self.prior_VV.any() else KNOWN_ROWS)
+        )
         score_N = self.score(view_NV).gather(1, label_N[:, None])[:, 0]
         z_N = (score_N - mean_C[label_N]) / var_C[label_N].sqrt().clamp_min(0.05)
         return torch.where(known_C[label_N], z_N, torch.nan)
 
+    def distance(self, other: Domain) -> float:
+        """Mahalanobis distance of the other's label means from its own, by its own covariance.
+
+        The root mean square over the labels that both know, less what sampling alone explains;
+        infinite if there are none.
+        """
+        both_C = (self.count_C >= 2) & (other.count_C >= 2)
+        if not both_C.any():
+            return float("inf")
+        mine_CV, theirs_CV = (
+            d.sum_CV[both_C] / d.count_C[both_C, None] @ self._white()[0] for d in (self, other)
+        )
+        chance_C = 1 / self.count_C[both_C] + 1 / other.count_C[both_C]
+        apart_C = (mine_CV - theirs_CV).square().sum(1) - self.view * chance_C
+        return float(apart_C.mean().clamp_min(0).sqrt())
+
     def _sum_up(self, view_NV: Tensor, label_N: Tensor, times: float = 1.0) -> None:
-        self.count_C.index_add_(0, label_N, torch.full((len(label_N),), times, dtype=torch.float64))
+        self.count_C.index_add_(0, label_N, torch.full((len(label_N),), times))
         self.sum_CV.index_add_(0, label_N, view_NV, alpha=times)
         self.cross_VV.addmm_(view_NV.T, view_NV, alpha=times)
         self._whitening = None
@@ -136,7 +162,9 @@ class Domain(nn.Module):
             spread = float((s - mean).square().mean()) if rows else float(s.var(correction=0))
             self.score_3C[0, label] = rows + len(s)
             self.score_3C[1, label] = mean + rate * apart
-            self.score_3C[2, label] = max(0.0, (1 - rate) * var + rate * spread - (rate * apart) ** 2)
+            self.score_3C[2, label] = max(
+                0.0, (1 - rate) * var + rate * spread - (rate * apart) ** 2
+            )
 
     # What it learns.
 
@@ -157,7 +185,7 @@ class Domain(nn.Module):
             events.append(
                 surgery.spawn(
                     self.layer,
-                    expert=partial(Moments, self.num_labels, label, x_ND.shape[1]),
+                    expert=self._kind(label, x_ND.shape[1]),
                     admitted=True,
                     step=self.organizer.steps,
                     reason=f"label {label} has no expert",
@@ -178,10 +206,13 @@ class Domain(nn.Module):
                 expert.statistics.view()["rows"] -= len(rows_NI)
         self._sum_up(x_NI[:, : self.view], label_N, times=-1.0)
 
+    def _kind(self, label: int, width: int) -> Callable[[], Moments]:
+        return partial(Moments, self.num_labels, label, width, self.blocks)
+
     def _begin(self, width: int, label: int) -> list[Event]:
         self.layer = MoE(
             width,
-            partial(Moments, self.num_labels, label, width),
+            self._kind(label, width),
             num_experts=1,
             router=self.gate,
             d_out=self.num_labels,
@@ -190,12 +221,9 @@ class Domain(nn.Module):
             evidence="moments",
             seed=self.seed,
         )
-        self.organizer = Organizer(
-            self.layer, rules=self.rules, max_experts=1024, every=8, budget=4
-        )
-        self.layer.name = self.name
-        self.organizer.layers = {self.name: self.layer}
-        self.organizer._acted, self.organizer._refused = {self.name: {}}, {self.name: {}}
+        named = nn.ModuleDict({self.name: self.layer})
+        self.organizer = Organizer(named, rules=self.rules, max_experts=1024, every=8, budget=4)
+        self.layer.lineage = Lineage(replace(e, layer=self.name) for e in self.layer.lineage)
         return list(self.layer.lineage)
 
     def forward(self, x_NI: Tensor) -> Tensor:
@@ -205,21 +233,20 @@ class Domain(nn.Module):
         scores: Tensor = self.layer.eval()(x_NI[:, self.view :])
         return scores
 
-    def totals(self) -> tuple[Tensor, Tensor] | None:
-        """Moment of all its features [D + 1, D + 1], and sums by label [C, D + 1], in float64."""
-        if self.layer is None:
-            return None
-        moment: Tensor | None = None
+    def totals(self) -> tuple[list[Tensor], list[Tensor]]:
+        """For each block of features: moment [G_b, G_b], and sums by label [C, G_b], in float64."""
+        moments: list[Tensor] = []
+        sums: list[Tensor] = []
+        assert self.layer is not None
         for expert in self.layer.experts.values():
-            scale = max(1.0, expert.statistics["rows"] / max(cast(Moments, expert.body).count, 1.0))
-            part = cast(Moments, expert.body).moment.double() * scale
-            moment = part if moment is None else moment.add_(part)
-        assert moment is not None
-        sums_CG = moment.new_zeros(self.num_labels, len(moment))
-        for expert in self.layer.experts.values():
-            scale = max(1.0, expert.statistics["rows"] / max(cast(Moments, expert.body).count, 1.0))
-            sums_CG[_label(expert)] += cast(Moments, expert.body).total.double() * scale
-        return moment, sums_CG
+            parts, totals = scaled_moments(expert)
+            if not moments:
+                moments = [torch.zeros_like(part, dtype=torch.float64) for part in parts]
+                sums = [m.new_zeros(self.num_labels, len(m)) for m in moments]
+            for b, (moment_GG, total_G) in enumerate(zip(parts, totals, strict=True)):
+                moments[b] += moment_GG
+                sums[b][_label(expert)] += total_G
+        return moments, sums
 
     @property
     def stamp(self) -> tuple[float, ...]:
@@ -232,7 +259,13 @@ class Domain(nn.Module):
 
     def _empty(self) -> Domain:
         return Domain(
-            self.num_labels, self.view, self.d_model, self.gate, self.rules, self.seed
+            self.num_labels,
+            self.view,
+            self.d_model,
+            self.gate,
+            self.rules,
+            self.seed,
+            self.blocks,
         ).train(self.training)
 
     def cloned(self, noise: float, generator: torch.Generator) -> Domain:
@@ -272,8 +305,12 @@ class Domain(nn.Module):
                 assert result.layer is not None
                 mine = {_label(e): e for e in result.layer.experts.values()}
                 if label not in mine:
-                    kind = partial(Moments, self.num_labels, label, theirs.d_model)
-                    surgery.spawn(result.layer, expert=kind, admitted=True, reason="merged")
+                    surgery.spawn(
+                        result.layer,
+                        expert=self._kind(label, theirs.d_model),
+                        admitted=True,
+                        reason="merged",
+                    )
                     mine = {_label(e): e for e in result.layer.experts.values()}
                 cast(Moments, mine[label].body).panels.add_(theirs.panels)
                 cast(Moments, mine[label].body).touch()
@@ -286,7 +323,7 @@ class Domain(nn.Module):
         """Draws from each label's Gaussian, the view at its mean: evidence without examples."""
         assert self.layer is not None
         label_N = torch.multinomial(self.count_C.clamp_min(0), count, True, generator=generator)
-        view_CV = self.sum_CV / self.count_C.clamp_min(1).float()[:, None]
+        view_CV = self.sum_CV / self.count_C.clamp_min(1)[:, None]
         draws = []
         for expert in self.layer.experts.values():
             n = int((label_N == _label(expert)).sum())
@@ -387,7 +424,8 @@ class DomainGate(Router):
         choice_T = (log_TE + share_E.log()).argmax(1)
         novel_T = z_TE.amin(1) > self.novel
         young = [
-            i for i, e in enumerate(experts)
+            i
+            for i, e in enumerate(experts)
             if e.id > experts[0].id and e.statistics["rows"] < self.settled
         ]
         if young:
@@ -407,6 +445,11 @@ class DomainGate(Router):
             share = cast(Tensor, expert.entries.share)
             share.fill_(self._share.get(expert.id, float(share)))
 
+    def overlap(self, experts: Sequence[Expert]) -> Tensor:
+        """`Domain.distance` of each from each, [E, E]."""
+        domains = [_domain(e) for e in experts]
+        return torch.tensor([[j.distance(i) for j in domains] for i in domains])
+
     def _logits(self, x_TD: Tensor, experts: Sequence[Expert]) -> Tensor:
         known = [i for i, e in enumerate(experts) if _domain(e).layer is not None]
         logits_TE = x_TD.new_full((len(x_TD), len(experts)), -1e4)
@@ -423,15 +466,16 @@ class DomainGate(Router):
         return logits_TE
 
     def _solve(self, domains: Sequence[Domain]) -> Tensor:
-        moment: Tensor | None = None
-        sums = []
+        moments: list[Tensor] = []
+        sums: list[list[Tensor]] = []
         for domain in domains:
-            totals = domain.totals()
-            assert totals is not None
-            moment = totals[0] if moment is None else moment.add_(totals[0])
-            sums.append(totals[1])
-        assert moment is not None
-        return solve_ridge(moment, torch.cat(sums).T, self.ridge)
+            parts, totals = domain.totals()
+            moments = (
+                parts if not moments else [m.add_(p) for m, p in zip(moments, parts, strict=True)]
+            )
+            sums.append(totals)
+        targets = [torch.cat(by_domain).T for by_domain in zip(*sums, strict=True)]
+        return solve_blocks(moments, targets, self.ridge)
 
     def head_numbers(self) -> int:
         """How many numbers the solved head takes."""

@@ -1,12 +1,15 @@
-"""Fixed image features from random whitened patches, for heads that are solved in closed form.
+"""Fixed features that are fitted on the first inputs of a stream, for heads in closed form.
 
-Legend: N images, P places of a patch in an image, F filters, Q pixels of a patch, G grid cells a
-side, K components a cell, D features.
+`default_features` chooses by the shape of the inputs. Legend: N images, P places of a patch in an
+image, F filters, Q pixels of a patch in all channels, G grid cells a side, K components a cell,
+D features.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from growmoe.continual.cell import tensor_bytes
+from growmoe.continual.intake import Features
 
 _CHUNK = 8  # images at a time: their responses stay in the cache
+
+
+def default_features(shape: Sequence[int]) -> Features:
+    """Patches of three sizes for images [C, H, W], random ReLU units for everything else.
+
+    The same for every stream: a row of a table, [D] or [1, 1, D], has no patches.
+    """
+    if len(shape) == 3 and min(shape[1:]) >= 6:
+        return MultiScaleFeatures.for_images(shape[1], shape[2])
+    return RandomUnits(math.prod(shape))
 
 
 @dataclass
@@ -65,6 +79,11 @@ class RandomPatchFeatures:
         return self._filter_QF is not None
 
     @property
+    def blocks(self) -> tuple[int, ...]:
+        """Features of one block are multiplied with each other (`growmoe.experts.moments`)."""
+        return (self.num_features,)
+
+    @property
     def num_features(self) -> int:
         """D = G² K."""
         return self.grid**2 * min(self.components or self.filters, self.filters)
@@ -94,24 +113,24 @@ class RandomPatchFeatures:
         """Draw the filters from these images, and find the components of their responses.
 
         Args:
-            images: float32 [N, 1, H, W] in [0, 1].
+            images: float32 [N, C, H, W] in [0, 1].
             generator: decides which patches are drawn.
 
         Returns:
             self, fitted.
 
         Raises:
-            ValueError: the images are not [N, 1, H, W], or smaller than a patch on a grid.
+            ValueError: the images are not [N, C, H, W], or smaller than a patch on a grid.
         """
         least = self.patch_size + self.grid - 1
-        if images.dim() != 4 or images.shape[1] != 1 or min(images.shape[2:]) < least:
+        if images.dim() != 4 or min(images.shape[2:]) < least:
             raise ValueError(
-                f"images must be [N, 1, H, W] with sides of at least {least}, "
+                f"images must be [N, C, H, W] with sides of at least {least}, "
                 f"got {tuple(images.shape)}"
             )
         size = self.patch_size
         rows, columns = images.shape[2] - size + 1, images.shape[3] - size + 1
-        patch_PQ = images[:, 0].unfold(1, size, 1).unfold(2, size, 1).reshape(-1, size**2)
+        patch_PQ = _patches(images, size)
         patch_PQ = patch_PQ[
             torch.randint(len(patch_PQ), (4 * self.fit_patches,), generator=generator)
         ]
@@ -149,7 +168,7 @@ class RandomPatchFeatures:
         """Features of images.
 
         Args:
-            images: float32 [N, 1, H, W] in [0, 1].
+            images: float32 [N, C, H, W] in [0, 1].
 
         Returns:
             float32 [N, D], of mean 0 on the images of `fit`.
@@ -169,9 +188,8 @@ class RandomPatchFeatures:
         pooled = torch.empty(len(images), cells, self.filters)
         for start in range(0, len(images), _CHUNK):
             part = images[start : start + _CHUNK]
-            patch_PQ = part[:, 0].unfold(1, size, 1).unfold(2, size, 1).reshape(-1, size**2)
-            response_PF = torch.addmm(self._bias_F, patch_PQ, self._filter_QF).relu_()
-            mean, square = (F.avg_pool2d(image, size, 1) for image in (part, part.square()))
+            response_PF = torch.addmm(self._bias_F, _patches(part, size), self._filter_QF).relu_()
+            mean, square = (F.avg_pool2d(image, size, 1).mean(1) for image in (part, part.square()))
             variance_P1 = (square - mean.square()).clamp_(min=0).reshape(-1, 1)
             response_PF.mul_(variance_P1.add_(self._floor).rsqrt_())
             torch.matmul(
@@ -180,6 +198,147 @@ class RandomPatchFeatures:
                 out=pooled[start : start + _CHUNK],
             )
         return pooled.sqrt_()
+
+
+@dataclass
+class MultiScaleFeatures:
+    """Random patches of several sizes on several grids, side by side, each a block of its own.
+
+    Scores of heads on different blocks are averaged, which gains more, at equal memory, than one
+    head on all: B blocks keep a B-th of the second moments.
+
+    Attributes:
+        scales: each is fitted on its own; their features follow each other.
+    """
+
+    scales: tuple[RandomPatchFeatures, ...]
+    _scale: tuple[float, ...] = field(default=(), init=False, repr=False)
+
+    @classmethod
+    def for_images(cls, height: int, width: int) -> MultiScaleFeatures:
+        """Patches of a seventh, a fifth and a third of the side, on 3 by 3 and 4 by 4 grids.
+
+        At most 783 features each, and no more than pixels.
+        """
+        side = min(height, width)
+        pixels = min(784, height * width)
+        scales = []
+        for share, grid, filters in ((1 / 7, 3, 128), (0.21, 4, 128), (0.32, 3, 192)):
+            scales.append(
+                RandomPatchFeatures(
+                    patch_size=max(3, round(share * side)),
+                    components=max(1, pixels // grid**2),
+                    filters=filters,
+                    grid=grid,
+                )
+            )
+        return cls(tuple(scales))
+
+    @property
+    def fitted(self) -> bool:
+        return bool(self._scale)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return tuple(features.num_features for features in self.scales)
+
+    @property
+    def num_features(self) -> int:
+        return sum(self.blocks)
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(features.memory_bytes for features in self.scales)
+
+    def settings(self) -> dict[str, Any]:
+        return {"scales": [features.settings() for features in self.scales]}
+
+    @torch.no_grad()
+    def fit(self, images: Tensor, generator: torch.Generator) -> MultiScaleFeatures:
+        """As `RandomPatchFeatures.fit`; features of each scale get unit mean variance."""
+        for features in self.scales:
+            features.fit(images, generator)
+        self._scale = tuple(
+            1 / max(float(features(images).std()), 1e-12) for features in self.scales
+        )
+        return self
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """float32 [N, C, H, W] in [0, 1] -> [N, D]."""
+        if not self.fitted:
+            raise RuntimeError("MultiScaleFeatures must be fitted before it is called")
+        return torch.cat(
+            [f(images) * scale for f, scale in zip(self.scales, self._scale, strict=True)], dim=1
+        )
+
+
+@dataclass
+class RandomUnits:
+    """Standardised inputs beside random ReLU units of them, for vectors and rows of tables.
+
+    Attributes:
+        width: numbers in an input.
+        units: how many (Rahimi & Recht 2008, "Weighted sums of random kitchen sinks").
+    """
+
+    width: int
+    units: int = 512
+    _mean_D: Tensor = field(default_factory=lambda: torch.zeros(0), init=False, repr=False)
+    _precision_D: Tensor = field(init=False, repr=False)
+    _weight_DU: Tensor = field(init=False, repr=False)
+    _bias_U: Tensor = field(init=False, repr=False)
+
+    @property
+    def fitted(self) -> bool:
+        return len(self._mean_D) > 0
+
+    @property
+    def num_features(self) -> int:
+        return self.width + self.units
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return (self.num_features,)
+
+    @property
+    def memory_bytes(self) -> int:
+        if not self.fitted:
+            return 0
+        return tensor_bytes(self._mean_D, self._precision_D, self._weight_DU, self._bias_U)
+
+    def settings(self) -> dict[str, Any]:
+        return {"width": self.width, "units": self.units}
+
+    @torch.no_grad()
+    def fit(self, images: Tensor, generator: torch.Generator) -> RandomUnits:
+        """Take mean and deviation of the inputs, float32 [N, ...], and draw the units."""
+        x_ND = images.flatten(1)
+        if x_ND.shape[1] != self.width:
+            raise ValueError(f"inputs must have {self.width} numbers, got {x_ND.shape[1]}")
+        deviation_D = x_ND.std(0, correction=0)
+        usual = deviation_D[deviation_D > 0].median() if (deviation_D > 0).any() else 1.0
+        self._mean_D = x_ND.mean(0)
+        # what hardly varied at first may vary later, and must not be blown up then
+        self._precision_D = 1 / deviation_D.clamp_min(0.1 * float(usual))
+        self._weight_DU = torch.randn(self.width, self.units, generator=generator)
+        self._weight_DU /= self.width**0.5
+        self._bias_U = torch.randn(self.units, generator=generator)
+        return self
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[N, ...] -> [N, D]."""
+        if not self.fitted:
+            raise RuntimeError("RandomUnits must be fitted before it is called")
+        x_ND = (images.flatten(1) - self._mean_D) * self._precision_D
+        return torch.cat([x_ND, (x_ND @ self._weight_DU + self._bias_U).relu_()], dim=1)
+
+
+def _patches(images: Tensor, size: int) -> Tensor:
+    """Every patch of every image, its channels one after another: [N P, Q]."""
+    if images.shape[1] == 1:
+        return images[:, 0].unfold(1, size, 1).unfold(2, size, 1).reshape(-1, size**2)
+    patch = images.unfold(2, size, 1).unfold(3, size, 1)
+    return patch.permute(0, 2, 3, 1, 4, 5).reshape(-1, images.shape[1] * size**2)
 
 
 def _cell(rows: int, columns: int, grid: int, i: int, j: int) -> Tensor:

@@ -17,6 +17,9 @@ class Features(Protocol):
     def num_features(self) -> int: ...
 
     @property
+    def blocks(self) -> tuple[int, ...]: ...
+
+    @property
     def memory_bytes(self) -> int: ...
 
     def fit(self, images: Tensor, generator: torch.Generator) -> Features: ...
@@ -39,6 +42,7 @@ class Intake:
         self.features, self.early, self.seed = features, early, seed
         self.fitted = False
         self._waiting: list[Batch] = []
+        self._shape: tuple[int, ...] | None = None
 
     def __call__(self, images: Tensor, labels: Tensor) -> list[Batch]:
         """Take a batch in.
@@ -55,18 +59,30 @@ class Intake:
         """
         if len(images) != len(labels):
             raise ValueError(f"{len(images)} images, but {len(labels)} labels")
-        if not images.isfinite().all():
-            raise ValueError("images hold NaN or infinite values")
+        self.check(images)
+        if not len(labels):
+            return []
+        self._shape = tuple(images.shape[1:])
         if self.fitted:
-            return [(self.features(images), labels)] if len(labels) else []
-        if self._waiting and images.shape[1:] != self._waiting[0][0].shape[1:]:
-            raise ValueError(
-                f"images were {tuple(self._waiting[0][0].shape[1:])}, are {tuple(images.shape[1:])}"
-            )
+            return [(self.features(images), labels)]
         self._waiting.append((images, labels))
         if sum(len(y) for _, y in self._waiting) < self.early:
             return []
         return self.flush()
+
+    def check(self, images: Tensor) -> None:
+        """Raise ValueError if images are not finite, or of another shape than those before."""
+        if not isinstance(images, Tensor) or not images.is_floating_point() or images.dim() < 2:
+            raise ValueError(f"images must be a float tensor [N, ...], got {images!r:.80}")
+        if not images.isfinite().all():
+            raise ValueError("images hold NaN or infinite values")
+        if self._shape is not None and tuple(images.shape[1:]) != self._shape:
+            raise ValueError(f"images were {self._shape}, are {tuple(images.shape[1:])}")
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What the waiting images take, as 4 bytes a number."""
+        return sum(4 * images.numel() + 8 * labels.numel() for images, labels in self._waiting)
 
     def flush(self) -> list[Batch]:
         """Fit on what has come so far, if that is still to be done, and give it out."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from growmoe.continual.intake import Features, Intake
+from growmoe.experts.moments import Moments
 
 
 @dataclass
@@ -23,13 +24,13 @@ class RidgeHead:
     (arXiv:2205.14922) and RanPAC (arXiv:2307.02251, equation 5).
 
     Attributes:
-        G_DD: float32 [D, D].
+        sums: G, of which little more than half is kept (`Moments`).
         C_DK: float32 [D, K].
         ridge: r, relative to the mean of G's diagonal.
         W_DK: the weights of the last `solve`.
     """
 
-    G_DD: Tensor
+    sums: Moments
     C_DK: Tensor
     ridge: float
     W_DK: Tensor
@@ -37,15 +38,19 @@ class RidgeHead:
     @classmethod
     def zeros(cls, num_features: int, num_classes: int, ridge: float) -> RidgeHead:
         """A head that has seen nothing, for x of num_features without the constant."""
-        d = num_features + 1
-        cross = torch.zeros(d, num_classes)
-        return cls(torch.zeros(d, d), cross, ridge, torch.zeros_like(cross))
+        cross = torch.zeros(num_features + 1, num_classes)
+        return cls(Moments(1, 0, num_features), cross, ridge, torch.zeros_like(cross))
+
+    @property
+    def G_DD(self) -> Tensor:
+        """float32 [D, D]: a copy."""
+        return self.sums.moment
 
     @torch.no_grad()
     def add(self, features_ND: Tensor, labels_N: Tensor) -> None:
         """Take examples in; features float32 [N, D - 1], labels int64 [N]."""
         x_ND = F.pad(features_ND, (0, 1), value=1.0)
-        self.G_DD.addmm_(x_ND.T, x_ND)
+        self.sums.add(features_ND)
         self.C_DK.addmm_(x_ND.T, F.one_hot(labels_N, self.C_DK.shape[1]).float())
 
     @torch.no_grad()
@@ -73,7 +78,13 @@ class RidgeClassifier:
     """
 
     def __init__(
-        self, features: Features, num_classes: int, *, ridge: float, early: int = 256, seed: int = 0
+        self,
+        features: Features,
+        num_classes: int,
+        *,
+        ridge: float,
+        early: int = 1000,
+        seed: int = 0,
     ) -> None:
         self.features = features
         self.head = RidgeHead.zeros(features.num_features, num_classes, ridge)

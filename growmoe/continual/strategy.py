@@ -82,7 +82,7 @@ class GrowMoE(OnePass):
 
     One pass, no replay, no task labels, no boundaries::
 
-        model = GrowingClassifier(RandomPatchFeatures.for_images(28, 28), num_classes=10)
+        model = GrowingClassifier(default_features((1, 28, 28)), num_classes=10)
         strategy = GrowMoE(classifier=model, train_mb_size=64)
         for experience in benchmark.train_stream:
             strategy.train(experience)
@@ -94,8 +94,9 @@ class GrowMoE(OnePass):
 
     Attributes:
         events: all births, mergers, freezes and deaths so far.
-        load_history: each expert's share of the inputs since the entry before; an entry for every
-            decision step below 100, then for every tenth.
+        load_history: each expert's share of the inputs since the entry before, by "layer:id" as in
+            a lineage of several layers; an entry for every tenth batch below 1,000, then for every
+            hundredth.
     """
 
     def __init__(self, *, classifier: GrowingClassifier, **kwargs: Any) -> None:
@@ -103,21 +104,26 @@ class GrowMoE(OnePass):
         self.classifier = classifier
         self.events: list[Event] = []
         self.load_history: list[dict[str, Any]] = []
-        self._recorded, self._rows = -1, dict[int, float]()
+        self._recorded, self._rows = -1, dict[str, float]()
 
     def take_in(self, result: list[Event]) -> None:
         """Keep the events, and the load now and then."""
         self.events += result
-        organizer, layer = self.classifier.organizer, self.classifier.layer
-        if organizer is None or layer is None:
+        organizer = self.classifier.organizer
+        if organizer is None:
             return
         step = organizer.steps
-        if step == self._recorded or (step > 100 and step % 10):
+        if step == self._recorded or step % (10 if step < 1000 else 100):
             return
-        rows = {id: e.statistics["rows"] for id, e in layer.experts.items()}
+        rows = {
+            f"{domain.name}:{id}": expert.statistics["rows"]
+            for domain in self.classifier.domains.values()
+            if domain.layer is not None
+            for id, expert in domain.layer.experts.items()
+        }
         new = {id: max(0.0, n - self._rows.get(id, 0.0)) for id, n in rows.items()}
         total = max(sum(new.values()), 1.0)
-        load = {str(id): round(n / total, 4) for id, n in new.items()}
+        load = {id: round(n / total, 4) for id, n in new.items()}
         self.load_history.append({"step": step, "load": load})
         self._recorded, self._rows = step, rows
 

@@ -216,9 +216,7 @@ class ClosedFormGate(Router):
         return f"shortlist={self.shortlist}, ridge={self.ridge}, local_ridge={self.local_ridge}"
 
 
-def solve_blocks(
-    moments: Sequence[Tensor], targets: Sequence[Tensor], ridge: float
-) -> Tensor:
+def solve_blocks(moments: Sequence[Tensor], targets: Sequence[Tensor], ridge: float) -> Tensor:
     """`solve_ridge` for each block, as one head on all features: the mean of the blocks' scores.
 
     Args:

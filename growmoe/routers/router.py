@@ -111,6 +111,14 @@ class Router(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} must define forward")
 
+    def overlap(self, experts: Sequence[Expert]) -> Tensor | None:
+        """How far the inputs of expert i lie from those of expert j, in standard deviations.
+
+        Returns:
+            float32 [E, E] where the router can tell better than `growmoe.signals`, else None.
+        """
+        return None
+
     def __repr__(self) -> str:
         # on one line, for messages; a linear gate goes without saying
         own = self.extra_repr()

@@ -293,7 +293,7 @@ def test_features_of_blank_images_are_finite():
 def test_features_refuse_what_they_cannot_take():
     with pytest.raises(RuntimeError, match="fitted"):
         RandomPatchFeatures()(torch.zeros(1, 1, 28, 28))
-    with pytest.raises(ValueError, match=r"\[N, 1, H, W\]"):
-        RandomPatchFeatures().fit(torch.zeros(1, 3, 28, 28), torch.Generator())
+    with pytest.raises(ValueError, match=r"\[N, C, H, W\]"):
+        RandomPatchFeatures().fit(torch.zeros(1, 28, 28), torch.Generator())
     with pytest.raises(ValueError, match="at least 8"):
         RandomPatchFeatures().fit(torch.zeros(1, 1, 5, 5), torch.Generator())
