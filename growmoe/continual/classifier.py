@@ -31,7 +31,7 @@ from growmoe.rules import (
     ThawOnNovelty,
 )
 
-VIEW = 256  # components of the first block of features, by which novelty is judged
+VIEW = 128  # components of the first block of features, by which novelty is judged
 WINDOW = 4  # batches whose novel inputs wait for a decision
 
 

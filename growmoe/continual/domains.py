@@ -37,7 +37,7 @@ class Domain(nn.Module):
     one for each label it has seen. What is usual is judged by the view: the distance of an input
     to the mean of its label, by the covariance within labels of this domain alone,
 
-        s = log mean_v (Lᵀ (v − μ_label))_v² / (1 + 1/n_label),   z = (s − mean s) / sd s
+        s = log mean_v (Lᵀ (v − μ_label))_v² / ((1 + 1/n_label) · n/(n − V)),   z = (s − mean s) / sd s
 
     with the running mean and deviation of s over the label's own rows, each scored before it is
     summed up. A newborn takes its parent's covariance and distances as a prior.
@@ -86,11 +86,11 @@ class Domain(nn.Module):
     # What is usual here.
 
     def covariance(self) -> Tensor:
-        """Within labels, shrunk to the parent's as if that were V/2 rows more: [V, V]."""
+        """Within labels, shrunk to the parent's as if that were V rows more: [V, V]."""
         n = float(self.count_C.sum())
         mean_CV = self.sum_CV / self.count_C.clamp_min(1)[:, None]
         within_VV = self.cross_VV - self.sum_CV.T @ mean_CV
-        prior = self.view / 2 if self.prior_VV.any() else 0.0
+        prior = float(self.view) if self.prior_VV.any() else 0.0
         cov_VV = (within_VV + prior * self.prior_VV) / max(n + prior, 1.0)
         floor = 0.02 * cov_VV.diagonal().mean() + 1e-8
         return cov_VV + floor * torch.eye(self.view)
@@ -99,7 +99,9 @@ class Domain(nn.Module):
         """s to every label's mean: [N, C]; those of labels never seen mean nothing."""
         white_VV, mean_CV = self._white()
         distance_NC = torch.cdist(view_NV @ white_VV, mean_CV).square() / self.view
-        few_C = 1 + 1 / self.count_C.clamp_min(1)
+        # what an estimate from few rows adds to the distance of a row that it has not seen
+        rows = float(self.count_C.sum()) + (self.view if self.prior_VV.any() else 0.0)
+        few_C = (1 + 1 / self.count_C.clamp_min(1)) * rows / max(rows - self.view, rows / 4, 1.0)
         return (distance_NC / few_C).clamp_min(1e-9).log()
 
     def _white(self) -> tuple[Tensor, Tensor]:
@@ -157,7 +159,8 @@ class Domain(nn.Module):
             if rows >= KNOWN_ROWS:  # clipped, so that what is foreign does not become usual
                 sd = max(var**0.5, 0.05)
                 s = s.clamp(mean - 3 * sd, mean + 3 * sd)
-            rate = max(len(s) / (rows + len(s)), min(1.0, 0.005 * len(s)))
+            # the last quarter of its rows: distances shrink while the estimate gets better
+            rate = min(1.0, max(4 * len(s) / (rows + len(s)), 0.005 * len(s)))
             apart = float(s.mean()) - mean
             spread = float((s - mean).square().mean()) if rows else float(s.var(correction=0))
             self.score_3C[0, label] = rows + len(s)
