@@ -45,7 +45,7 @@ _HOME = {
     "default_features": "features",
     "GrowingClassifier": "classifier",
     "Domain": "domains",
-    "DomainGate": "domains",
+    "DomainGate": "domain_gate",
     "default_label_rules": "classifier",
     "GrowMoE": "strategy",
     "OnePass": "strategy",

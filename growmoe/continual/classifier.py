@@ -6,9 +6,9 @@ passes once over the stream.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from growmoe import surgery
 from growmoe.continual.cell import Memory, tensor_bytes
-from growmoe.continual.domains import Domain, DomainGate
+from growmoe.continual.domain_gate import DomainGate
+from growmoe.continual.domains import Domain
 from growmoe.continual.intake import Features, Intake
+from growmoe.continual.view import View
 from growmoe.lineage import Event, Lineage
 from growmoe.moe import MoE
 from growmoe.organizer import Organizer
@@ -31,7 +33,6 @@ from growmoe.rules import (
     ThawOnNovelty,
 )
 
-VIEW = 128  # components of the first block of features, by which novelty is judged
 WINDOW = 4  # batches whose novel inputs wait for a decision
 
 
@@ -100,8 +101,8 @@ class GrowingClassifier(nn.Module):
         self.layer: MoE | None = None
         self.organizer: Organizer | None = None
         self.lineage: list[Event] = []
-        self._intake = Intake(features, early, seed)
-        self._mean_D, self._view_DV = torch.zeros(0), torch.zeros(0, 0)
+        self._view = View(features)
+        self._intake = Intake(self._view, early, seed)
         self._entered: int | None = None
         # (batch, inputs, labels, where they went)
         self._novel: list[tuple[int, Tensor, Tensor, Tensor]] = []
@@ -170,7 +171,7 @@ class GrowingClassifier(nn.Module):
         self._intake.check(images)
         self.layer.eval()
         with torch.no_grad():
-            scores: Tensor = self.layer(self._inputs(self.features(images)))
+            scores: Tensor = self.layer(self._view(images))
         self.layer.train(self.training)
         return scores
 
@@ -183,12 +184,12 @@ class GrowingClassifier(nn.Module):
     @property
     def num_experts(self) -> int:
         """Label experts in all domains."""
-        return sum(0 if d.layer is None else len(d.layer.experts) for d in self.domains.values())
+        return sum(domain.num_experts for domain in self.domains.values())
 
     @property
     def num_heads(self) -> int:
         """Numbers in all heads that were solved."""
-        inner = sum(domain.gate.head_numbers() for domain in self.domains.values())
+        inner = sum(domain.head_numbers() for domain in self.domains.values())
         return inner + self.domain_gate.head_numbers()
 
     def memory(self) -> Memory:
@@ -197,7 +198,7 @@ class GrowingClassifier(nn.Module):
             return Memory(examples=self._intake.waiting_bytes)
         return Memory(
             model=4 * self.num_heads,
-            buffers=self.features.memory_bytes + tensor_bytes(self._mean_D, self._view_DV),
+            buffers=self._view.memory_bytes,
             statistics=tensor_bytes(*self.layer.buffers()),
             examples=self._most_waiting,
         )
@@ -211,19 +212,13 @@ class GrowingClassifier(nn.Module):
                 f"{int(labels.min())} to {int(labels.max())}"
             )
 
-    def _inputs(self, x_ND: Tensor) -> Tensor:
-        """[view, features]: [N, V + D]."""
-        first_ND = x_ND[:, : len(self._mean_D)] - self._mean_D
-        return torch.cat([first_ND @ self._view_DV, x_ND], dim=1)
-
     @torch.no_grad()
-    def _learn(self, x_ND: Tensor, labels: Tensor) -> list[Event]:
+    def _learn(self, x_NI: Tensor, labels: Tensor) -> list[Event]:
         begun: list[Event] = []
         if self.layer is None or self.organizer is None:
-            self.layer, self.organizer = self._begin(x_ND)
+            self.layer, self.organizer = self._begin()
             begun = list(self.layer.lineage)
         labels = labels.long()
-        x_NI = self._inputs(x_ND)
         self.layer.train()
         context: dict[str, Any] = {"label": labels}
         if self._entered is not None:
@@ -282,19 +277,23 @@ class GrowingClassifier(nn.Module):
         self.layer.experts[newborn].statistics.view()["rows"] += len(labels)
         return cast(Domain, self.layer.experts[newborn].body).learn(x_NI, labels)
 
-    def _begin(self, x_ND: Tensor) -> tuple[MoE, Organizer]:
-        blocks = getattr(self.features, "blocks", (x_ND.shape[1],))
-        first_ND = x_ND[:, : blocks[0]]
-        self._mean_D = first_ND.mean(0)
-        size = min(VIEW, max(1, len(x_ND) - 1), blocks[0])
-        _, _, vector_VD = torch.linalg.svd(first_ND - self._mean_D, full_matrices=False)
-        self._view_DV = vector_VD[:size].T.contiguous()
-        width = size + x_ND.shape[1]
-        kind = partial(
-            Domain, self.num_classes, size, width, self.gate, self.label_rules, self.seed, blocks
-        )
+    def _begin(self) -> tuple[MoE, Organizer]:
+        view, made = self._view, itertools.count()
+
+        def kind() -> Domain:
+            return Domain(
+                self.num_classes,
+                view.width,
+                view.num_features,
+                self.gate,
+                self.label_rules,
+                self.seed,
+                view.blocks,
+                pooled=next(made) > 0,
+            )
+
         layer = MoE(
-            width,
+            view.num_features,
             kind,
             num_experts=self.num_domains,
             router=self.domain_gate,

@@ -1,6 +1,6 @@
-"""Domains found without labels of them: a gate that knows what is new, and what stands behind it.
+"""A domain: an expert that knows what is usual in it and tells its labels apart.
 
-Legend: N inputs, V the view (what novelty is judged by), D features, E domains, C labels.
+Legend: N inputs, V the view (what novelty is judged by), D features, G = D + 1, C labels.
 """
 
 from __future__ import annotations
@@ -15,48 +15,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from growmoe import surgery
-from growmoe.assignment import Assignment
+from growmoe.continual.usual import Usual
 from growmoe.experts.expert import Expert
-from growmoe.experts.moments import Moments
+from growmoe.experts.moments import Moments, with_constant
 from growmoe.lineage import Event, Lineage
 from growmoe.moe import MoE
 from growmoe.organizer import Organizer
 from growmoe.routers.closed_form import ClosedFormGate, scaled_moments, solve_blocks
-from growmoe.routers.gate import Context, Entry
-from growmoe.routers.router import Router, Routing
 from growmoe.rules import Rule
 
-PRIOR_ROWS = 5.0  # what a newborn's parent tells it of usual distances counts as so many rows
-KNOWN_ROWS = 20.0  # rows of a label before its distances are trusted
+Totals = tuple[list[Tensor], list[Tensor]]
 
 
 class Domain(nn.Module):
-    """An expert for one domain: statistics of each label, and what is usual in it.
+    """An expert for one domain: what is usual in it (`Usual`), and heads that tell its labels.
 
-    Inputs are [view, features], [N, V + D]. Its heads are solved from an inner `MoE` of `Moments`,
-    one for each label it has seen. What is usual is judged by the view: the distance of an input
-    to the mean of its label, by the covariance within labels of this domain alone,
-
-        s = log mean_v (Lᵀ (v − μ_label))_v² / ((1 + 1/n_label) · n/(n − V)),   z = (s − mean s) / sd s
-
-    with the running mean and deviation of s over the label's own rows, each scored before it is
-    summed up. A newborn takes its parent's covariance and distances as a prior.
+    Inputs are [view, features], [N, V + D]. The first domain of a stream has an expert for every
+    label, an inner `MoE` of `Moments`; one that is born later, and one that was merged, sums all
+    labels up together, which takes a C-th of the memory. On some thousand inputs both are equally
+    good; on more, experts of their own are better, and a stream that brings more is one domain.
 
     Args:
         num_labels: C.
         view: V.
         d_model: V + D.
-        gate: of the inner mixture.
-        rules: of the inner mixture.
+        gate: of the label experts.
+        rules: on the label experts.
         seed: of the inner mixture.
         blocks: of the features (`Moments`).
+        pooled: sum all labels up together.
     """
-
-    count_C: Tensor
-    sum_CV: Tensor
-    cross_VV: Tensor
-    score_3C: Tensor
-    prior_VV: Tensor
 
     def __init__(
         self,
@@ -66,190 +54,73 @@ class Domain(nn.Module):
         gate: ClosedFormGate,
         rules: Sequence[Rule],
         seed: int,
-        blocks: Sequence[int] | None = None,
+        blocks: Sequence[int],
+        pooled: bool = False,
     ) -> None:
         super().__init__()
         self.num_labels, self.view, self.d_model = num_labels, view, d_model
-        self.blocks = None if blocks is None else tuple(blocks)
-        self.rules, self.seed = list(rules), seed
-        self.gate = ClosedFormGate(gate.shortlist, gate.ridge, gate.local_ridge)
-        self.register_buffer("count_C", torch.zeros(num_labels))
-        self.register_buffer("sum_CV", torch.zeros(num_labels, view))
-        self.register_buffer("cross_VV", torch.zeros(view, view))
-        self.register_buffer("score_3C", torch.zeros(3, num_labels))  # rows, mean, variance
-        self.register_buffer("prior_VV", torch.zeros(view, view))
-        self.layer: MoE | None = None
-        self.organizer: Organizer | None = None
-        self.name = "domain"
-        self._whitening: tuple[Tensor, Tensor] | None = None
+        self.gate, self.rules, self.seed, self.blocks = gate, list(rules), seed, tuple(blocks)
+        self.usual = Usual(num_labels, view)
+        self.heads: PooledHead | LabelExperts
+        if pooled:
+            self.heads = PooledHead(num_labels, self.blocks, gate.ridge)
+        else:
+            self.heads = LabelExperts(num_labels, self.blocks, gate, rules, seed)
 
-    # What is usual here.
+    @property
+    def name(self) -> str:
+        """In lineages."""
+        return self.heads.name
 
-    def covariance(self) -> Tensor:
-        """Within labels, shrunk to the parent's as if that were V rows more: [V, V]."""
-        n = float(self.count_C.sum())
-        mean_CV = self.sum_CV / self.count_C.clamp_min(1)[:, None]
-        within_VV = self.cross_VV - self.sum_CV.T @ mean_CV
-        prior = float(self.view) if self.prior_VV.any() else 0.0
-        cov_VV = (within_VV + prior * self.prior_VV) / max(n + prior, 1.0)
-        floor = 0.02 * cov_VV.diagonal().mean() + 1e-8
-        return cov_VV + floor * torch.eye(self.view)
+    @name.setter
+    def name(self, value: str) -> None:
+        self.heads.name = value
 
-    def score(self, view_NV: Tensor) -> Tensor:
-        """s to every label's mean: [N, C]; those of labels never seen mean nothing."""
-        white_VV, mean_CV = self._white()
-        distance_NC = torch.cdist(view_NV @ white_VV, mean_CV).square() / self.view
-        # what an estimate from few rows adds to the distance of a row that it has not seen
-        rows = float(self.count_C.sum()) + (self.view if self.prior_VV.any() else 0.0)
-        few_C = (1 + 1 / self.count_C.clamp_min(1)) * rows / max(rows - self.view, rows / 4, 1.0)
-        return (distance_NC / few_C).clamp_min(1e-9).log()
+    @property
+    def layer(self) -> MoE | None:
+        """The mixture of label experts, if there is one."""
+        return self.heads.layer
 
-    def _white(self) -> tuple[Tensor, Tensor]:
-        """What whitens views within labels [V, V], and the whitened means of the labels [C, V]."""
-        if self._whitening is None:
-            factor_VV, info = torch.linalg.cholesky_ex(self.covariance().double())
-            if info > 0:
-                factor_VV = self.covariance().diagonal().sqrt().diag().double()
-            white_VV = torch.linalg.solve_triangular(
-                factor_VV, torch.eye(self.view, dtype=torch.float64), upper=False
-            ).T.float()
-            mean_CV = self.sum_CV / self.count_C.clamp_min(1)[:, None]
-            self._whitening = white_VV, mean_CV @ white_VV
-        return self._whitening
+    @property
+    def num_experts(self) -> int:
+        """Label experts, or one for all."""
+        return 1 if self.layer is None else len(self.layer.experts)
 
-    def novelty(self, view_NV: Tensor, label_N: Tensor) -> Tensor:
-        """z of each input among those of its label: [N]; NaN where this domain cannot tell."""
-        rows_C, mean_C, var_C = self.score_3C
-        known_C = (self.count_C >= 2) & (
-            rows_C >= (PRIOR_ROWS if self.prior_VV.any() else KNOWN_ROWS)
-        )
-        score_N = self.score(view_NV).gather(1, label_N[:, None])[:, 0]
-        z_N = (score_N - mean_C[label_N]) / var_C[label_N].sqrt().clamp_min(0.05)
-        return torch.where(known_C[label_N], z_N, torch.nan)
+    @property
+    def count_C(self) -> Tensor:
+        """Rows of each label: float32 [C]."""
+        return self.usual.count_C
 
-    def distance(self, other: Domain) -> float:
-        """Mahalanobis distance of the other's label means from its own, by its own covariance.
-
-        The root mean square over the labels that both know, less what sampling alone explains;
-        infinite if there are none.
-        """
-        both_C = (self.count_C >= 2) & (other.count_C >= 2)
-        if not both_C.any():
-            return float("inf")
-        mine_CV, theirs_CV = (
-            d.sum_CV[both_C] / d.count_C[both_C, None] @ self._white()[0] for d in (self, other)
-        )
-        chance_C = 1 / self.count_C[both_C] + 1 / other.count_C[both_C]
-        apart_C = (mine_CV - theirs_CV).square().sum(1) - self.view * chance_C
-        return float(apart_C.mean().clamp_min(0).sqrt())
-
-    def _sum_up(self, view_NV: Tensor, label_N: Tensor, times: float = 1.0) -> None:
-        self.count_C.index_add_(0, label_N, torch.full((len(label_N),), times))
-        self.sum_CV.index_add_(0, label_N, view_NV, alpha=times)
-        self.cross_VV.addmm_(view_NV.T, view_NV, alpha=times)
-        self._whitening = None
-
-    def _calibrate(self, view_NV: Tensor, label_N: Tensor) -> None:
-        score_N = self.score(view_NV).gather(1, label_N[:, None])[:, 0]
-        for label in label_N.unique().tolist():
-            if self.count_C[label] < 2:
-                continue
-            rows, mean, var = self.score_3C[:, label].tolist()
-            s = score_N[label_N == label]
-            if rows >= KNOWN_ROWS:  # clipped, so that what is foreign does not become usual
-                sd = max(var**0.5, 0.05)
-                s = s.clamp(mean - 3 * sd, mean + 3 * sd)
-            # the last quarter of its rows: distances shrink while the estimate gets better
-            rate = min(1.0, max(4 * len(s) / (rows + len(s)), 0.005 * len(s)))
-            apart = float(s.mean()) - mean
-            spread = float((s - mean).square().mean()) if rows else float(s.var(correction=0))
-            self.score_3C[0, label] = rows + len(s)
-            self.score_3C[1, label] = mean + rate * apart
-            self.score_3C[2, label] = max(
-                0.0, (1 - rate) * var + rate * spread - (rate * apart) ** 2
-            )
-
-    # What it learns.
+    @property
+    def known(self) -> bool:
+        """Whether it has learned anything."""
+        return bool(self.count_C.sum() > 0)
 
     @torch.no_grad()
     def learn(self, x_NI: Tensor, label_N: Tensor) -> list[Event]:
         """Sum up rows [view, features] and their labels; the inner organizer may act."""
-        view_NV, x_ND = x_NI[:, : self.view], x_NI[:, self.view :]
-        for part in torch.arange(len(label_N)).split(64):  # each scored before it is summed up
-            self._calibrate(view_NV[part], label_N[part])
-            self._sum_up(view_NV[part], label_N[part])
-        events: list[Event] = []
-        if self.layer is None or self.organizer is None:
-            events += self._begin(x_ND.shape[1], int(label_N[0]))
-        assert self.layer is not None and self.organizer is not None
-        self.layer.train()
-        known = {_label(e) for e in self.layer.experts.values()}
-        for label in sorted(set(label_N.tolist()) - known):
-            events.append(
-                surgery.spawn(
-                    self.layer,
-                    expert=self._kind(label, x_ND.shape[1]),
-                    admitted=True,
-                    step=self.organizer.steps,
-                    reason=f"label {label} has no expert",
-                    signals={"label": float(label)},
-                )
-            )
-        self.layer(x_ND, context=label_N)
-        return events + self.organizer.step()
+        self.usual.add(x_NI[:, : self.view], label_N)
+        return self.heads.learn(x_NI[:, self.view :], label_N)
 
     @torch.no_grad()
     def take_back(self, x_NI: Tensor, label_N: Tensor) -> None:
         """Undo `learn` for rows that turn out to belong elsewhere: sums can be subtracted."""
-        assert self.layer is not None
-        for expert in self.layer.experts.values():
-            rows_NI = x_NI[label_N == _label(expert)]
-            if len(rows_NI) and not expert.frozen:
-                cast(Moments, expert.body).add(rows_NI[:, self.view :], times=-1.0)
-                expert.statistics.view()["rows"] -= len(rows_NI)
-        self._sum_up(x_NI[:, : self.view], label_N, times=-1.0)
-
-    def _kind(self, label: int, width: int) -> Callable[[], Moments]:
-        return partial(Moments, self.num_labels, label, width, self.blocks)
-
-    def _begin(self, width: int, label: int) -> list[Event]:
-        self.layer = MoE(
-            width,
-            self._kind(label, width),
-            num_experts=1,
-            router=self.gate,
-            d_out=self.num_labels,
-            balance_loss=0.0,
-            warmup=1,
-            evidence="moments",
-            seed=self.seed,
-        )
-        named = nn.ModuleDict({self.name: self.layer})
-        self.organizer = Organizer(named, rules=self.rules, max_experts=1024, every=8, budget=4)
-        self.layer.lineage = Lineage(replace(e, layer=self.name) for e in self.layer.lineage)
-        return list(self.layer.lineage)
+        self.usual.take_back(x_NI[:, : self.view], label_N)
+        self.heads.take_back(x_NI[:, self.view :], label_N)
 
     def forward(self, x_NI: Tensor) -> Tensor:
         """Scores [N, C] in eval mode; zeros in training, when `learn` is what counts."""
-        if self.training or self.layer is None:
+        if self.training or not self.known:
             return x_NI.new_zeros(len(x_NI), self.num_labels)
-        scores: Tensor = self.layer.eval()(x_NI[:, self.view :])
-        return scores
+        return self.heads.scores(x_NI[:, self.view :])
 
-    def totals(self) -> tuple[list[Tensor], list[Tensor]]:
+    def totals(self) -> Totals:
         """For each block of features: moment [G_b, G_b], and sums by label [C, G_b], in float64."""
-        moments: list[Tensor] = []
-        sums: list[Tensor] = []
-        assert self.layer is not None
-        for expert in self.layer.experts.values():
-            parts, totals = scaled_moments(expert)
-            if not moments:
-                moments = [torch.zeros_like(part, dtype=torch.float64) for part in parts]
-                sums = [m.new_zeros(self.num_labels, len(m)) for m in moments]
-            for b, (moment_GG, total_G) in enumerate(zip(parts, totals, strict=True)):
-                moments[b] += moment_GG
-                sums[b][_label(expert)] += total_G
-        return moments, sums
+        return self.heads.totals()
+
+    def head_numbers(self) -> int:
+        """How many numbers the solved heads take."""
+        return self.heads.head_numbers()
 
     @property
     def stamp(self) -> tuple[float, ...]:
@@ -260,7 +131,7 @@ class Domain(nn.Module):
 
     merge_key = "domain"
 
-    def _empty(self) -> Domain:
+    def _pooled(self) -> Domain:
         return Domain(
             self.num_labels,
             self.view,
@@ -269,216 +140,217 @@ class Domain(nn.Module):
             self.rules,
             self.seed,
             self.blocks,
+            pooled=True,
         ).train(self.training)
 
     def cloned(self, noise: float, generator: torch.Generator) -> Domain:
         """A child that has seen nothing, with this domain's idea of what is usual as a prior."""
-        child = self._empty()
-        child.prior_VV.copy_(self.covariance())
-        child.score_3C.copy_(self.score_3C)
-        child.score_3C[0].clamp_(max=PRIOR_ROWS)
+        child = self._pooled()
+        child.usual = self.usual.child()
         return child
 
     def fresh(self, d_model: int, d_out: int, **place: Any) -> Domain:
         """An empty domain."""
-        return self._empty()
+        return self._pooled()
 
     @torch.no_grad()
     def merged(self, others: Sequence[Domain], weights: Sequence[float]) -> Domain:
         """The sum of all statistics: exactly what one domain would hold that had seen all rows."""
-        result = self._empty()
+        result = self._pooled()
         result.name = self.name
+        result.usual = self.usual.merged([other.usual for other in others])
+        head = cast(PooledHead, result.heads)
         for body in (self, *others):
-            result.count_C += body.count_C
-            result.sum_CV += body.sum_CV
-            result.cross_VV += body.cross_VV
-        rows_C = sum(body.score_3C[0] for body in (self, *others))
-        assert isinstance(rows_C, Tensor)
-        mean_C = sum(b.score_3C[0] * b.score_3C[1] for b in (self, *others)) / rows_C.clamp_min(1)
-        square_C = sum(
-            b.score_3C[0] * (b.score_3C[2] + (b.score_3C[1] - mean_C).square())
-            for b in (self, *others)
-        )
-        result.score_3C.copy_(torch.stack([rows_C, mean_C, square_C / rows_C.clamp_min(1)]))
-        for body in (self, *others):
-            for expert in [] if body.layer is None else body.layer.experts.values():
-                label, theirs = _label(expert), cast(Moments, expert.body)
-                if result.layer is None:
-                    result._begin(theirs.d_model, label)
-                assert result.layer is not None
-                mine = {_label(e): e for e in result.layer.experts.values()}
-                if label not in mine:
-                    surgery.spawn(
-                        result.layer,
-                        expert=self._kind(label, theirs.d_model),
-                        admitted=True,
-                        reason="merged",
-                    )
-                    mine = {_label(e): e for e in result.layer.experts.values()}
-                cast(Moments, mine[label].body).panels.add_(theirs.panels)
-                cast(Moments, mine[label].body).touch()
-                for field in ("rows", "hits"):
-                    mine[label].statistics.view()[field] += expert.statistics[field]
+            if body.known:
+                head.add_totals(*body.totals())
         return result
 
     @torch.no_grad()
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Draws from each label's Gaussian, the view at its mean: evidence without examples."""
-        assert self.layer is not None
-        label_N = torch.multinomial(self.count_C.clamp_min(0), count, True, generator=generator)
-        view_CV = self.sum_CV / self.count_C.clamp_min(1)[:, None]
-        draws = []
-        for expert in self.layer.experts.values():
-            n = int((label_N == _label(expert)).sum())
-            if n:
-                x_ND = cast(Moments, expert.body).sample(n, generator)
-                draws.append(torch.cat([view_CV[_label(expert)].expand(n, -1), x_ND], 1))
-        return torch.cat(draws)
+        rows_C = self.count_C.clamp_min(0)
+        label_N = torch.multinomial(rows_C, count, True, generator=generator)
+        mean_CV = self.usual.sum_CV / rows_C.clamp_min(1)[:, None]
+        return torch.cat([mean_CV[label_N], self.heads.sample(label_N, generator)], 1)
 
     def extra_repr(self) -> str:
         return f"rows={float(self.count_C.sum()):.0f}, labels={int((self.count_C > 0).sum())}"
 
 
-class DomainGate(Router):
-    """Chooses among `Domain` experts: by novelty while it learns, by least squares to predict.
-
-    In training, with the labels as context, each input has a likelihood exp(−z²/2) under each
-    domain (`Domain.novelty`); a domain that cannot tell yet is given z = `novel`. The domains'
-    shares of the recent inputs are found by EM, with the running shares as a prior, and an input
-    goes to the domain with the largest share · likelihood. So one change in the middle of a batch,
-    a gradual one and a return are the same to it. What lies further than `novel` from every domain
-    is novel (`growmoe.signals`), unless a newborn domain is there to take it.
-
-    To predict, W = (Σ_d M_d + r I)⁻¹ Σ_d Σ_c s_dc e_dcᵀ: ridge regression onto pairs of domain and
-    label over everything all domains have seen; an input goes to the domain of its best pair. It
-    is solved from the sums that the domains hold, so it forgets nothing and no domain's weight
-    depends on when it came.
+class LabelExperts(nn.Module):
+    """An inner `MoE` of `Moments`, one for each label, behind a `ClosedFormGate`.
 
     Args:
-        novel: standard deviations beyond which an input is novel to a domain.
-        settled: rows before a newborn stops taking whatever is novel.
-        memory: rows that the running shares count for.
+        num_labels: C.
+        blocks: of the features.
+        gate: how the experts are chosen; a gate of its own with the same settings.
+        rules: on the experts.
+        seed: of the layer.
+    """
+
+    def __init__(
+        self,
+        num_labels: int,
+        blocks: Sequence[int],
+        gate: ClosedFormGate,
+        rules: Sequence[Rule],
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.num_labels, self.blocks = num_labels, tuple(blocks)
+        self.gate = ClosedFormGate(gate.shortlist, gate.ridge, gate.local_ridge)
+        self.rules, self.seed, self.name = list(rules), seed, "domain"
+        self.layer: MoE | None = None
+        self.organizer: Organizer | None = None
+
+    def learn(self, x_ND: Tensor, label_N: Tensor) -> list[Event]:
+        """Sum up rows by label; a label's expert is born with its first row."""
+        events: list[Event] = []
+        if self.layer is None or self.organizer is None:
+            self.layer, self.organizer = self._begin(int(label_N[0]))
+            events += list(self.layer.lineage)
+        self.layer.train()
+        known = {_label(e) for e in self.layer.experts.values()}
+        for label in sorted(set(label_N.tolist()) - known):
+            events.append(
+                surgery.spawn(
+                    self.layer,
+                    expert=self._kind(label),
+                    admitted=True,
+                    step=self.organizer.steps,
+                    reason=f"label {label} has no expert",
+                    signals={"label": float(label)},
+                )
+            )
+        self.layer(x_ND, context=label_N)
+        return events + self.organizer.step()
+
+    def take_back(self, x_ND: Tensor, label_N: Tensor) -> None:
+        """Subtract rows; what a frozen expert was given it did not sum up."""
+        assert self.layer is not None
+        for expert in self.layer.experts.values():
+            rows_ND = x_ND[label_N == _label(expert)]
+            if len(rows_ND) and not expert.frozen:
+                cast(Moments, expert.body).add(rows_ND, times=-1.0)
+                expert.statistics.view()["rows"] -= len(rows_ND)
+
+    def scores(self, x_ND: Tensor) -> Tensor:
+        """Each label's share of the votes: [N, C]."""
+        assert self.layer is not None
+        scores: Tensor = self.layer.eval()(x_ND)
+        return scores
+
+    def totals(self) -> Totals:
+        """As `Domain.totals`."""
+        assert self.layer is not None
+        moments = [torch.zeros(g + 1, g + 1, dtype=torch.float64) for g in self.blocks]
+        sums = [m.new_zeros(self.num_labels, len(m)) for m in moments]
+        for expert in self.layer.experts.values():
+            for b, (moment_GG, total_G) in enumerate(zip(*scaled_moments(expert), strict=True)):
+                moments[b] += moment_GG
+                sums[b][_label(expert)] += total_G
+        return moments, sums
+
+    def sample(self, label_N: Tensor, generator: torch.Generator) -> Tensor:
+        """Draws from the Gaussians of these labels: [N, D]."""
+        assert self.layer is not None
+        x_ND = torch.zeros(len(label_N), sum(self.blocks))
+        for expert in self.layer.experts.values():
+            rows_N = label_N == _label(expert)
+            if rows_N.any():
+                drawn = cast(Moments, expert.body).sample(int(rows_N.sum()), generator)
+                x_ND[rows_N] = drawn
+        return x_ND
+
+    def head_numbers(self) -> int:
+        """How many numbers the solved heads take."""
+        return self.gate.head_numbers()
+
+    def _kind(self, label: int) -> Callable[[], Moments]:
+        return partial(Moments, self.num_labels, label, sum(self.blocks), self.blocks)
+
+    def _begin(self, label: int) -> tuple[MoE, Organizer]:
+        layer = MoE(
+            sum(self.blocks),
+            self._kind(label),
+            num_experts=1,
+            router=self.gate,
+            d_out=self.num_labels,
+            balance_loss=0.0,
+            warmup=1,
+            evidence="moments",
+            seed=self.seed,
+        )
+        named = nn.ModuleDict({self.name: layer})
+        organizer = Organizer(named, rules=self.rules, max_experts=1024, every=8, budget=4)
+        layer.lineage = Lineage(replace(e, layer=self.name) for e in layer.lineage)
+        return layer, organizer
+
+
+class PooledHead(nn.Module):
+    """One closed-form head: the moment of all rows together, and the sum of each label's.
+
+    Args:
+        num_labels: C.
+        blocks: of the features.
         ridge: as `ClosedFormGate`'s.
     """
 
-    wants = "label"
-    balances = True
-    capped = False
+    sum_CG: Tensor
+    layer = None
 
-    def __init__(
-        self, novel: float = 1.3, settled: int = 256, memory: float = 16.0, ridge: float = 0.3
-    ) -> None:
+    def __init__(self, num_labels: int, blocks: Sequence[int], ridge: float) -> None:
         super().__init__()
-        if not (novel > 0 and settled >= 0 and memory > 0 and ridge > 0):
-            raise ValueError(
-                "DomainGate: novel, memory and ridge must be positive and settled not negative"
+        self.num_labels, self.blocks, self.ridge = num_labels, tuple(blocks), ridge
+        self.moments = Moments(num_labels, 0, sum(blocks), blocks)
+        self.register_buffer("sum_CG", torch.zeros(num_labels, sum(blocks) + len(self.blocks)))
+        self.name = "domain"
+        self._solved: tuple[int, Tensor] | None = None
+
+    def learn(self, x_ND: Tensor, label_N: Tensor, times: float = 1.0) -> list[Event]:
+        """Sum up rows."""
+        self.moments.add(x_ND, times)
+        one_NG = torch.cat(with_constant(x_ND.float(), self.blocks), 1)
+        self.sum_CG.index_add_(0, label_N, one_NG, alpha=times)
+        return []
+
+    def take_back(self, x_ND: Tensor, label_N: Tensor) -> None:
+        """Subtract rows."""
+        self.learn(x_ND, label_N, times=-1.0)
+
+    def add_totals(self, moments: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
+        """Add what another domain has summed up, as its `totals` give it."""
+        self.moments.add_moments(moments)
+        self.sum_CG += torch.cat(list(sums), 1).float()
+
+    def scores(self, x_ND: Tensor) -> Tensor:
+        """Least squares onto the labels: [N, C]."""
+        if self._solved is None or self._solved[0] != self.moments.stamp:
+            moments, sums = self.totals()
+            head_GC = solve_blocks(moments, [s_CG.T for s_CG in sums], self.ridge)
+            self._solved = self.moments.stamp, head_GC
+        return F.pad(x_ND, (0, 1), value=1.0) @ self._solved[1]
+
+    def totals(self) -> Totals:
+        """As `Domain.totals`."""
+        sums = self.sum_CG.double().split([width + 1 for width in self.blocks], dim=1)
+        return [m.double() for m in self.moments.moments()], list(sums)
+
+    def sample(self, label_N: Tensor, generator: torch.Generator) -> Tensor:
+        """Draws around the labels' means with the scatter of all within labels: [N, D]."""
+        draws = []
+        for moment_GG, sum_CG in zip(*self.totals(), strict=True):
+            count_C1 = sum_CG[:, -1:].clamp_min(1)
+            mean_CD = (sum_CG / count_C1)[:, :-1]
+            within_DD = moment_GG[:-1, :-1] - (sum_CG[:, :-1].T @ mean_CD)
+            within_DD = within_DD / moment_GG[-1, -1].clamp_min(1)
+            value_D, vector_DD = torch.linalg.eigh(within_DD)
+            noise = torch.randn(
+                len(label_N), len(value_D), generator=generator, dtype=torch.float64
             )
-        self.novel, self.settled, self.memory, self.ridge = novel, settled, memory, ridge
-        self._solved: tuple[Any, Tensor] | None = None
-        self._share: dict[int, float] = {}
-
-    def entries(self, d_model: int) -> dict[str, Entry]:
-        """A domain's running share of the inputs."""
-        return {
-            "share": Entry(
-                fresh=lambda _: torch.tensor(0.5),
-                parameter=False,
-                clone=lambda value, _: torch.full_like(value, 0.5),
-                merge=lambda values, weights: values.sum(),
-            )
-        }
-
-    @torch.no_grad()
-    def forward(
-        self,
-        x_TD: Tensor,
-        experts: Sequence[Expert],
-        admission_E: Tensor,
-        context: Context | None = None,
-    ) -> Routing:
-        """Choose; the context's "label" is int64 [T], or absent to predict.
-
-        The context may also name the "domain", an expert's id, that all inputs belong to.
-        """
-        label = None if context is None else context.get("label")
-        if self.training and label is not None:
-            forced = None if context is None else context.get("domain")
-            return self._teach(x_TD, experts, torch.as_tensor(label), forced)
-        logits_TE = self._logits(x_TD, experts)
-        weight_T1 = x_TD.new_ones(len(x_TD), 1)
-        choice_T1 = logits_TE.argmax(1, keepdim=True)
-        assignment = Assignment.from_choice(choice_T1, weight_T1, len(experts))
-        return Routing(assignment, logits_TE.softmax(1), logits_TE)
-
-    def _teach(
-        self, x_TD: Tensor, experts: Sequence[Expert], label_T: Tensor, forced: int | None
-    ) -> Routing:
-        view_TV = x_TD[:, : _domain(experts[0]).view]
-        z_TE = torch.stack([_domain(e).novelty(view_TV, label_T) for e in experts], 1)
-        unsure_TE = z_TE.isnan()
-        z_TE = torch.where(unsure_TE, self.novel, z_TE)
-        log_TE = -0.5 * z_TE.clamp(0, 8).square()
-        prior_E = torch.stack([cast(Tensor, e.entries.share) for e in experts]).float() + 0.02
-        prior_E = prior_E / prior_E.sum()
-        share_E = prior_E
-        for _ in range(8):
-            post_TE = (log_TE + share_E.log()).softmax(1)
-            share_E = (self.memory * prior_E + post_TE.sum(0)) / (self.memory + len(x_TD))
-        choice_T = (log_TE + share_E.log()).argmax(1)
-        novel_T = z_TE.amin(1) > self.novel
-        young = [
-            i
-            for i, e in enumerate(experts)
-            if e.id > experts[0].id and e.statistics["rows"] < self.settled
-        ]
-        if young:
-            choice_T = torch.where(novel_T, young[-1], choice_T)
-            novel_T = torch.zeros_like(novel_T)
-        if forced is not None:
-            where = [e.id for e in experts].index(forced)
-            choice_T = torch.full_like(choice_T, where)
-        self._share = {e.id: float(s) for e, s in zip(experts, share_E, strict=True)}
-        weight_T1 = x_TD.new_ones(len(x_TD), 1)
-        assignment = Assignment.from_choice(choice_T[:, None], weight_T1, len(experts))
-        return Routing(assignment, post_TE, log_TE, novel_T=novel_T)
-
-    def observe(self, experts: Sequence[Expert], routing: Routing) -> None:
-        """Keep the shares."""
-        for expert in experts:
-            share = cast(Tensor, expert.entries.share)
-            share.fill_(self._share.get(expert.id, float(share)))
-
-    def overlap(self, experts: Sequence[Expert]) -> Tensor:
-        """`Domain.distance` of each from each, [E, E]."""
-        domains = [_domain(e) for e in experts]
-        return torch.tensor([[j.distance(i) for j in domains] for i in domains])
-
-    def _logits(self, x_TD: Tensor, experts: Sequence[Expert]) -> Tensor:
-        known = [i for i, e in enumerate(experts) if _domain(e).layer is not None]
-        logits_TE = x_TD.new_full((len(x_TD), len(experts)), -1e4)
-        if len(known) < 2:
-            logits_TE[:, known or [0]] = 0.0
-            return logits_TE
-        stamp = tuple((experts[i].id, _domain(experts[i]).stamp) for i in known)
-        if self._solved is None or self._solved[0] != stamp:
-            self._solved = stamp, self._solve([_domain(experts[i]) for i in known])
-        width = self._solved[1].shape[0]
-        x_TG = F.pad(x_TD[:, -(width - 1) :], (0, 1), value=1.0)
-        pair_TEC = (x_TG @ self._solved[1]).unflatten(1, (len(known), -1))
-        logits_TE[:, known] = pair_TEC.amax(2)
-        return logits_TE
-
-    def _solve(self, domains: Sequence[Domain]) -> Tensor:
-        moments: list[Tensor] = []
-        sums: list[list[Tensor]] = []
-        for domain in domains:
-            parts, totals = domain.totals()
-            moments = (
-                parts if not moments else [m.add_(p) for m, p in zip(moments, parts, strict=True)]
-            )
-            sums.append(totals)
-        targets = [torch.cat(by_domain).T for by_domain in zip(*sums, strict=True)]
-        return solve_blocks(moments, targets, self.ridge)
+            noise = (noise * value_D.clamp_min(0).sqrt()) @ vector_DD.T
+            draws.append((mean_CD[label_N] + noise).float())
+        return torch.cat(draws, 1)
 
     def head_numbers(self) -> int:
         """How many numbers the solved head takes."""
@@ -486,18 +358,6 @@ class DomainGate(Router):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_solved": None}
-
-    def extra_repr(self) -> str:
-        return f"novel={self.novel}, settled={self.settled}, memory={self.memory}"
-
-
-def _domain(expert: Expert) -> Domain:
-    if not isinstance(expert.body, Domain):
-        raise ValueError(
-            f"DomainGate chooses among Domain experts, expert {expert.id} is a "
-            f"{type(expert.body).__name__}"
-        )
-    return expert.body
 
 
 def _label(expert: Expert) -> int:

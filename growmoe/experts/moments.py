@@ -116,6 +116,13 @@ class Moments(nn.Module):
         self.touch()
 
     @torch.no_grad()
+    def add_moments(self, moments: Sequence[Tensor]) -> None:
+        """Add whole sums, one [G_b, G_b] for each block, as `moments` gives them."""
+        for b, row, panel in self._each_panel():
+            panel.add_(moments[b][row : row + len(panel), row:])
+        self.touch()
+
+    @torch.no_grad()
     def forward(self, x_RD: Tensor) -> Tensor:
         """float32 [R, D] -> [R, C]."""
         if self.training and len(x_RD):
