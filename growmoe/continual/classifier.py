@@ -20,6 +20,7 @@ from growmoe.continual.domain_gate import DomainGate
 from growmoe.continual.domains import Domain
 from growmoe.continual.intake import Features, Intake
 from growmoe.continual.view import View
+from growmoe.experts.moments import Moments
 from growmoe.lineage import Event, Lineage
 from growmoe.moe import MoE
 from growmoe.organizer import Organizer
@@ -191,6 +192,45 @@ class GrowingClassifier(nn.Module):
         """Numbers in all heads that were solved."""
         inner = sum(domain.head_numbers() for domain in self.domains.values())
         return inner + self.domain_gate.head_numbers()
+
+    def rows(self) -> dict[str, float]:
+        """The inputs that each expert has received, by "layer:id"."""
+        found: dict[str, float] = {}
+        for id, domain in self.domains.items():
+            if domain.layer is None:
+                found[f"domains:{id}"] = float(domain.count_C.sum())
+                continue
+            for label, expert in domain.layer.experts.items():
+                found[f"{domain.name}:{label}"] = expert.statistics["rows"]
+        return found
+
+    @torch.no_grad()
+    def expert_names(self, images: Tensor) -> list[str]:
+        """The expert that decides on each image, by "layer:id" as in `rows`."""
+        self.finish()
+        if self.layer is None:
+            raise RuntimeError("GrowingClassifier: nothing was learned yet")
+        x_NI = self._view(images)
+        chosen_N = self.layer.eval().route(x_NI).assignment.expert_R
+        self.layer.train(self.training)
+        names = [""] * len(images)
+        for i, (id, domain) in enumerate(self.domains.items()):
+            rows = (chosen_N == i).nonzero()[:, 0]
+            if not len(rows):
+                continue
+            if domain.layer is None:
+                inner = [f"domains:{id}"] * len(rows)
+            else:
+                by_label = {
+                    int(cast(Moments, e.body).label): f"{domain.name}:{j}"
+                    for j, e in domain.layer.experts.items()
+                }
+                answers = domain.eval()(x_NI[rows]).argmax(1).tolist()
+                inner = [by_label[label] for label in answers]
+                domain.train(self.training)
+            for row, name in zip(rows.tolist(), inner, strict=True):
+                names[row] = name
+        return names
 
     def memory(self) -> Memory:
         """All that is kept, in bytes; of waiting inputs the most there ever were."""

@@ -1,14 +1,20 @@
-"""Runs growmoe, and the heads it is compared with on the very same features."""
+"""Runs growmoe, and the closed-form heads it is compared with on the very same features."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from growmoe.continual.baselines import CellRun
+from torch import Tensor
+
 from growmoe.continual.cell import Cell, Memory, tensor_bytes
-from growmoe.continual.classifier import GrowingClassifier
+from growmoe.continual.classifier import (
+    GrowingClassifier,
+    default_label_rules,
+    default_rules,
+)
 from growmoe.continual.features import (
     MultiScaleFeatures,
     RandomPatchFeatures,
@@ -16,32 +22,156 @@ from growmoe.continual.features import (
     default_features,
 )
 from growmoe.continual.intake import Features
+from growmoe.continual.load_history import LoadHistory
 from growmoe.continual.ridge import RidgeClassifier
-from growmoe.continual.strategy import GrowMoE, OnePass
-from growmoe.continual.streams import Stream
+from growmoe.continual.rivals.learner import Budget, Learner, run_learner
+from growmoe.continual.stream import Stream
 
 Progress = Callable[[float, str], None]
+# An act is switched off with the rules that propose it; what thaws goes with what freezes.
+ACTS = {
+    "spawn": ("Spawn", "Split"),
+    "merge": ("Merge",),
+    "prune": ("Prune",),
+    "freeze": ("Freeze", "Thaw"),
+}
+_ROUTED = 500  # test images of each experience that show which expert takes what
+
+
+def without(rules: Sequence[Any], *acts: str) -> list[Any]:
+    """The rules that propose none of these acts."""
+    prefixes = tuple(prefix for act in acts for prefix in ACTS[act])
+    return [rule for rule in rules if not type(rule).__name__.startswith(prefixes)]
+
+
+class Grown(Learner):
+    """growmoe (`GrowingClassifier`), its mini-batches as they come.
+
+    Args:
+        stream: whose images it is for.
+        early: images that wait for the features.
+        seed: of the features and the layers.
+        off: acts that are switched off.
+        num_domains: to begin with.
+
+    Attributes:
+        detections: the examples seen whenever a domain was born after the first.
+        load: each expert's share of the inputs.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        *,
+        early: int,
+        seed: int,
+        off: Sequence[str] = (),
+        num_domains: int = 1,
+    ) -> None:
+        self.classifier = GrowingClassifier(
+            default_features(stream.image_shape),
+            stream.num_classes,
+            early=early,
+            rules=without(default_rules(), *off),
+            label_rules=without(default_label_rules(), *off),
+            num_domains=num_domains,
+            seed=seed,
+        )
+        self.detections: list[float] = []
+        self.load = LoadHistory()
+        self._seen = 0
+
+    def learn(self, images: Tensor, labels: Tensor) -> None:
+        self._seen += len(labels)
+        before = self.births
+        self.classifier.learn(images, labels)
+        self.detections += [float(self._seen)] * (self.births - before)
+        self.load.note(self.classifier)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        scores: Tensor = self.classifier(images)
+        return scores
+
+    def memory(self, bytes_per_example: int) -> Memory:
+        return self.classifier.memory()
+
+    @property
+    def num_parameters(self) -> int:
+        return self.classifier.num_heads
+
+    @property
+    def births(self) -> int:
+        """Domains that were born after the first."""
+        return sum(e.act == "spawn" and e.layer == "domains" for e in self.classifier.lineage)
+
+    def lineage(self) -> list[dict[str, Any]]:
+        return [event.to_json() for event in self.classifier.lineage]
+
+    def extras(self) -> dict[str, Any]:
+        classifier = self.classifier
+        return {"experts": classifier.num_experts, "domains": len(classifier.domains)}
+
+    def routing(self, stream: Stream) -> list[list[float]]:
+        """Test images by the expert that took them (rows) and their experience (columns)."""
+        taken: dict[str, list[float]] = {}
+        for j, index in enumerate(stream.test_index):
+            for name in self.classifier.expert_names(stream.test_images(index[:_ROUTED])):
+                taken.setdefault(name, [0.0] * stream.num_experiences)[j] += 1
+        return [taken[name] for name in sorted(taken)]
+
+
+class Head(Learner):
+    """One closed-form head.
+
+    Args:
+        stream: whose labels it is for.
+        features: not fitted yet.
+        early: images that wait for the features.
+        seed: of the features.
+        ridge: as `RidgeHead`'s.
+    """
+
+    def __init__(
+        self, stream: Stream, features: Features, *, early: int, seed: int, ridge: float
+    ) -> None:
+        self.features = features
+        self.learner = RidgeClassifier(
+            features, stream.num_classes, ridge=ridge, early=early, seed=seed
+        )
+
+    def learn(self, images: Tensor, labels: Tensor) -> None:
+        self.learner.learn(images, labels)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.learner(images)
+
+    def memory(self, bytes_per_example: int) -> Memory:
+        head = self.learner.head
+        return Memory(
+            model=tensor_bytes(head.W_DK),
+            buffers=self.features.memory_bytes,
+            statistics=tensor_bytes(head.sums.panels, head.C_DK),
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        return self.learner.head.W_DK.numel()
 
 
 def run_growmoe(stream: Stream, seed: int, progress: Progress, batch_size: int, early: int) -> Cell:
     """The growing mixture of closed-form experts (`growmoe.continual.GrowingClassifier`)."""
-    run = CellRun(stream, progress)
-    classifier = GrowingClassifier(
-        default_features(stream.image_shape), stream.num_classes, early=early, seed=seed
-    )
-    strategy = GrowMoE(
-        classifier=classifier, train_mb_size=batch_size, plugins=[run.reporter], **run.common()
-    )
-    for experience in run.benchmark.train_stream:
-        run.train(strategy, experience)
-    return Cell(
-        run.matrix,
-        run.seconds,
-        classifier.num_heads,
-        memory=classifier.memory(),
-        lineage=[event.to_json() for event in classifier.lineage],
-        load_history=strategy.load_history,
-        extras={"experts": classifier.num_experts, "domains": len(classifier.domains)},
+    learner = Grown(stream, early=early, seed=seed)
+    return run_grown(stream, progress, learner, batch_size)
+
+
+def run_grown(stream: Stream, progress: Progress, learner: Grown, batch_size: int) -> Cell:
+    """growmoe or one of its controls."""
+    cell = run_learner(stream, progress, learner, Budget(batch_size))
+    return replace(
+        cell,
+        load_history=learner.load.entries,
+        detections=learner.detections,
+        routing=learner.routing(stream),
     )
 
 
@@ -54,33 +184,26 @@ def run_ridge(
     ridge: float,
     as_large_as_growmoe: bool,
 ) -> Cell:
-    """One closed-form head, on growmoe's features or on as many as take growmoe's memory."""
-    run = CellRun(stream, progress)
+    """One closed-form head, on growmoe's features or on as many as take growmoe's memory.
+
+    growmoe keeps a moment for each label, and one more for each further domain; the head is told
+    how many there are.
+    """
     features = default_features(stream.image_shape)
     if as_large_as_growmoe:
-        features = wider(features, stream.num_classes)
-    learner = RidgeClassifier(features, stream.num_classes, ridge=ridge, early=early, seed=seed)
-    strategy = OnePass(
-        learner=learner, train_mb_size=batch_size, plugins=[run.reporter], **run.common()
-    )
-    for experience in run.benchmark.train_stream:
-        run.train(strategy, experience)
-    head = learner.head
-    memory = Memory(
-        model=tensor_bytes(head.W_DK),
-        buffers=features.memory_bytes,
-        statistics=tensor_bytes(head.sums.panels, head.C_DK),
-    )
-    return Cell(run.matrix, run.seconds, head.W_DK.numel(), memory)
+        further = stream.num_domains - 1 if stream.scenario == "domain" else 0
+        features = wider(features, stream.num_classes + further)
+    learner = Head(stream, features, early=early, seed=seed, ridge=ridge)
+    return run_learner(stream, progress, learner, Budget(batch_size))
 
 
-def wider(features: Features, num_classes: int) -> Features:
-    """Features for one head whose moments take what those of one expert per class take.
+def wider(features: Features, moments: float) -> Features:
+    """Features for one head whose moment takes what so many moments of these features take.
 
     Patch responses are not projected, which serves a single head better; the filters of every
     scale are multiplied alike.
     """
-    width = math.sqrt(num_classes * sum((block + 1) ** 2 for block in features.blocks)) - 1
+    width = math.sqrt(moments * sum((block + 1) ** 2 for block in features.blocks)) - 1
     if isinstance(features, RandomUnits):
         return RandomUnits(features.width, max(1, round(width) - features.width))
     assert isinstance(features, MultiScaleFeatures)

@@ -7,99 +7,20 @@ to learn how far it grows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from growmoe.continual import classifier as room
-from growmoe.continual.cell import Cell, Memory, tensor_bytes
-from growmoe.continual.ridge import RidgeClassifier
-from growmoe.continual.rivals.build import features_for
-from growmoe.continual.rivals.learner import (
-    Budget,
-    Learner,
-    OracleLearner,
-    held_bytes,
-    run_learner,
-)
+from growmoe.continual.cell import Cell
+from growmoe.continual.closed_form import ACTS, Grown, Head, run_grown, wider, without
+from growmoe.continual.features import default_features
+from growmoe.continual.rivals.learner import Budget, OracleLearner, run_learner
 from growmoe.continual.stream import Batch, Stream
 
+__all__ = ["ACTS", "AtBoundaries", "AtRandom", "Grown", "grow", "without"]
+
 Progress = Callable[[float, str], None]
-# An act is switched off with the rules that propose it; what thaws goes with what freezes.
-ACTS = {
-    "spawn": ("Spawn", "Split"),
-    "merge": ("Merge",),
-    "prune": ("Prune",),
-    "freeze": ("Freeze", "Thaw"),
-}
-
-
-def without(rules: Sequence[Any], *acts: str) -> list[Any]:
-    """The rules that propose none of these acts."""
-    prefixes = tuple(prefix for act in acts for prefix in ACTS[act])
-    return [rule for rule in rules if not type(rule).__name__.startswith(prefixes)]
-
-
-class Grown(Learner):
-    """growmoe, its mini-batches as they come.
-
-    Args:
-        stream: whose images it is for.
-        early: images that wait for the features.
-        seed: of the features and the layers.
-        off: acts that are switched off.
-        num_domains: to begin with.
-    """
-
-    def __init__(
-        self,
-        stream: Stream,
-        *,
-        early: int,
-        seed: int,
-        off: Sequence[str] = (),
-        num_domains: int = 1,
-    ) -> None:
-        make: Any = room.GrowingClassifier
-        rules: Any = room
-        self.classifier: Any = make(
-            features_for(stream),
-            stream.num_classes,
-            early=early,
-            rules=without(rules.default_rules(), *off),
-            label_rules=without(rules.default_label_rules(), *off),
-            num_domains=num_domains,
-            seed=seed,
-        )
-
-    def learn(self, images: Tensor, labels: Tensor) -> None:
-        self.classifier.learn(images, labels)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        scores: Tensor = self.classifier(images)
-        return scores
-
-    def memory(self, bytes_per_example: int) -> Memory:
-        kept: Memory = self.classifier.memory()
-        return kept
-
-    @property
-    def num_parameters(self) -> int:
-        return int(self.classifier.memory().model // 4)
-
-    @property
-    def births(self) -> int:
-        """Domains that were born after the first."""
-        return sum(e.act == "spawn" and e.layer == "domains" for e in self.classifier.lineage)
-
-    def lineage(self) -> list[dict[str, Any]]:
-        return [event.to_json() for event in self.classifier.lineage]
-
-    def extras(self) -> dict[str, Any]:
-        classifier = self.classifier
-        return {"experts": classifier.num_experts, "domains": len(classifier.domains)}
 
 
 class AtBoundaries(Grown, OracleLearner):
@@ -145,39 +66,6 @@ class AtRandom(Grown):
         super().learn(images, labels)
 
 
-class Dense(Learner):
-    """One closed-form head on the same features, widened to the moments of so many experts."""
-
-    def __init__(
-        self, stream: Stream, *, early: int, seed: int, experts: float, ridge: float
-    ) -> None:
-        from growmoe.continual import closed_form  # it imports Avalanche
-
-        widen: Callable[[Any, Any], Any] = closed_form.wider
-        self.features = widen(features_for(stream), experts)
-        self.learner = RidgeClassifier(
-            self.features, stream.num_classes, ridge=ridge, early=early, seed=seed
-        )
-
-    def learn(self, images: Tensor, labels: Tensor) -> None:
-        self.learner.learn(images, labels)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.learner(images)
-
-    def memory(self, bytes_per_example: int) -> Memory:
-        weights = tensor_bytes(self.learner.head.W_DK)
-        return Memory(
-            model=weights,
-            buffers=self.features.memory_bytes,
-            statistics=held_bytes(self.learner.head) - weights,
-        )
-
-    @property
-    def num_parameters(self) -> int:
-        return self.learner.head.W_DK.numel()
-
-
 def grow(stream: Stream, seed: int, batch_size: int, early: int) -> Grown:
     """growmoe as it stands at the end of the stream."""
     learner = Grown(stream, early=early, seed=seed)
@@ -192,7 +80,7 @@ def run_without(
 ) -> Cell:
     """An act switched off."""
     learner = Grown(stream, early=early, seed=seed, off=(off,))
-    return run_learner(stream, progress, learner, Budget(batch_size))
+    return run_grown(stream, progress, learner, batch_size)
 
 
 def run_at_boundaries(
@@ -200,7 +88,7 @@ def run_at_boundaries(
 ) -> Cell:
     """Growth at oracle boundaries."""
     learner = AtBoundaries(stream, early=early, seed=seed)
-    return run_learner(stream, progress, learner, Budget(batch_size))
+    return run_grown(stream, progress, learner, batch_size)
 
 
 def run_at_random(
@@ -209,7 +97,7 @@ def run_at_random(
     """Growth at random times, with as many births."""
     births = grow(stream, seed, batch_size, early).births
     learner = AtRandom(stream, early=early, seed=seed, births=births, batch_size=batch_size)
-    return run_learner(stream, progress, learner, Budget(batch_size))
+    return run_grown(stream, progress, learner, batch_size)
 
 
 def run_fixed(stream: Stream, seed: int, progress: Progress, batch_size: int, early: int) -> Cell:
@@ -218,15 +106,17 @@ def run_fixed(stream: Stream, seed: int, progress: Progress, batch_size: int, ea
     learner = Grown(
         stream, early=early, seed=seed, off=("spawn", "merge", "prune"), num_domains=domains
     )
-    return run_learner(stream, progress, learner, Budget(batch_size))
+    return run_grown(stream, progress, learner, batch_size)
 
 
 def run_dense(
     stream: Stream, seed: int, progress: Progress, batch_size: int, early: int, ridge: float
 ) -> Cell:
     """One head of equal memory."""
-    options: dict[str, Any] = {"early": early, "seed": seed, "ridge": ridge}
-    grown = grow(stream, seed, batch_size, early).memory(stream.bytes_per_example)
-    alone = Dense(stream, experts=1.0, **options).memory(stream.bytes_per_example)
-    learner = Dense(stream, experts=grown.statistics / alone.statistics, **options)
+    memory = grow(stream, seed, batch_size, early).memory(stream.bytes_per_example)
+    features = default_features(stream.image_shape)
+    moment = 2 * sum((block + 1) ** 2 for block in features.blocks)  # half of it, in bytes
+    learner = Head(
+        stream, wider(features, memory.statistics / moment), early=early, seed=seed, ridge=ridge
+    )
     return run_learner(stream, progress, learner, Budget(batch_size))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ class Features(Protocol):
 
     @property
     def memory_bytes(self) -> int: ...
+
+    def settings(self) -> dict[str, Any]: ...
 
     def fit(self, images: Tensor, generator: torch.Generator) -> Features: ...
 

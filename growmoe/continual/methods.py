@@ -15,8 +15,9 @@ from functools import partial
 from typing import Any
 
 from growmoe.continual.cell import Cell
-from growmoe.continual.classifier import default_rules
-from growmoe.continual.features import RandomPatchFeatures
+from growmoe.continual.classifier import default_label_rules, default_rules
+from growmoe.continual.domain_gate import DomainGate
+from growmoe.continual.features import default_features
 from growmoe.continual.rivals import build
 from growmoe.continual.rivals.learner import (
     BOUNDARIES,
@@ -120,8 +121,9 @@ def _rival(
 
 def _feature_settings() -> dict[str, Any]:
     return {
-        "features": RandomPatchFeatures.for_images(28, 28).settings(),
-        "features_of_small_images": RandomPatchFeatures.for_images(8, 8).settings(),
+        "features": default_features((1, 28, 28)).settings(),
+        "features_of_small_images": default_features((1, 8, 8)).settings(),
+        "features_of_rows": default_features((1, 1, 8)).settings(),
     }
 
 
@@ -143,7 +145,7 @@ def _closed_form(
     return Method(description, run, settings, (), again)
 
 
-_INTAKE: dict[str, Any] = {"batch_size": 64, "early": 256}
+_INTAKE: dict[str, Any] = {"batch_size": 64, "early": 1000}
 
 # Of the methods in plain torch: the MLP of all others; a fifth of its width for experts that come
 # one per experience; and one pass on growmoe's features. Other numbers are those of the papers or
@@ -159,7 +161,12 @@ METHODS: dict[str, Method] = {
         "growing closed-form experts; one pass, no replay, no boundaries",
         "run_growmoe",
         **_INTAKE,
-        kept={"rules": [repr(rule) for rule in default_rules()], "gate": repr(ClosedFormGate())},
+        kept={
+            "rules": [repr(rule) for rule in default_rules()],
+            "label_rules": [repr(rule) for rule in default_label_rules()],
+            "gate": repr(ClosedFormGate()),
+            "domain_gate": repr(DomainGate()),
+        },
     ),
     "naive": _baseline("an MLP trained on and on, nothing against forgetting", "run_naive"),
     "replay": _baseline(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from growmoe.continual import require
 from growmoe.continual.classifier import GrowingClassifier
+from growmoe.continual.load_history import LoadHistory
 from growmoe.lineage import Event
 from growmoe.organizer import Organizer
 
@@ -94,38 +95,23 @@ class GrowMoE(OnePass):
 
     Attributes:
         events: all births, mergers, freezes and deaths so far.
-        load_history: each expert's share of the inputs since the entry before, by "layer:id" as in
-            a lineage of several layers; an entry for every tenth batch below 1,000, then for every
-            hundredth.
     """
 
     def __init__(self, *, classifier: GrowingClassifier, **kwargs: Any) -> None:
         super().__init__(learner=classifier, **kwargs)
         self.classifier = classifier
         self.events: list[Event] = []
-        self.load_history: list[dict[str, Any]] = []
-        self._recorded, self._rows = -1, dict[str, float]()
+        self._load = LoadHistory()
 
     def take_in(self, result: list[Event]) -> None:
         """Keep the events, and the load now and then."""
         self.events += result
-        organizer = self.classifier.organizer
-        if organizer is None:
-            return
-        step = organizer.steps
-        if step == self._recorded or step % (10 if step < 1000 else 100):
-            return
-        rows = {
-            f"{domain.name}:{id}": expert.statistics["rows"]
-            for domain in self.classifier.domains.values()
-            if domain.layer is not None
-            for id, expert in domain.layer.experts.items()
-        }
-        new = {id: max(0.0, n - self._rows.get(id, 0.0)) for id, n in rows.items()}
-        total = max(sum(new.values()), 1.0)
-        load = {id: round(n / total, 4) for id, n in new.items()}
-        self.load_history.append({"step": step, "load": load})
-        self._recorded, self._rows = step, rows
+        self._load.note(self.classifier)
+
+    @property
+    def load_history(self) -> list[dict[str, Any]]:
+        """Each expert's share of the inputs (`LoadHistory.entries`)."""
+        return self._load.entries
 
 
 class OrganizerPlugin(SupervisedPlugin):

@@ -20,7 +20,8 @@ class Usual(nn.Module):
     The distance of an input to the mean of its label, by the covariance within labels of this
     domain alone,
 
-        s = log mean_v (Lᵀ (v − μ_label))_v² / ((1 + 1/n_label) · n/(n − V)),   z = (s − mean s) / sd s
+        s = log mean_v (Lᵀ (v − μ_label))_v² / ((1 + 1/n_label) · n/(n − V))
+        z = (s − mean s) / sd s
 
     with the running mean and deviation of s over the label's own rows, each scored before it is
     summed up. A newborn takes its parent's covariance and distances as a prior.

@@ -5,6 +5,8 @@ Legend: N inputs, D features, V the view, R raw numbers of an input, K component
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,10 @@ class View:
     def memory_bytes(self) -> int:
         own = tensor_bytes(self._mean_D, self._component_DK, self._projection_RK)
         return own + self.features.memory_bytes
+
+    def settings(self) -> dict[str, Any]:
+        """Every number that decides the view but the seed, as JSON."""
+        return {"size": self.size, **self.features.settings()}
 
     @torch.no_grad()
     def fit(self, images: Tensor, generator: torch.Generator) -> View:

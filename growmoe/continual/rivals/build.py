@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from growmoe.continual import features
+from growmoe.continual.features import default_features
 from growmoe.continual.rivals.cn_dpm import CNDPM
 from growmoe.continual.rivals.cope import CoPE
 from growmoe.continual.rivals.dynmoe import DynMoE
@@ -27,10 +27,7 @@ from growmoe.continual.streams import Stream
 
 def features_for(stream: Stream) -> Any:
     """The features that growmoe has on this stream, not fitted yet."""
-    default = getattr(features, "default_features", None)
-    if default is not None:
-        return default(stream.image_shape)
-    return features.RandomPatchFeatures.for_images(*stream.image_shape[1:])
+    return default_features(stream.image_shape)
 
 
 def synaptic_intelligence(
