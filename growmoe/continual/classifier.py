@@ -105,8 +105,8 @@ class GrowingClassifier(nn.Module):
         self._view = View(features)
         self._intake = Intake(self._view, early, seed)
         self._entered: int | None = None
-        # (batch, inputs, labels, where they went)
-        self._novel: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        # (batch, what was usual before it, inputs, labels, where they went)
+        self._novel: list[tuple[int, dict[int, Tensor], Tensor, Tensor, Tensor]] = []
         self._most_waiting = 0
 
     def learn(self, images: Tensor, labels: Tensor) -> list[Event]:
@@ -267,12 +267,13 @@ class GrowingClassifier(nn.Module):
         ids = list(self.layer.experts)
         where_N = torch.empty_like(labels)
         where_N[routing.assignment.token_R] = torch.tensor(ids)[routing.assignment.expert_R]
+        usual = {id: domain.usual.score_3C.clone() for id, domain in self.domains.items()}
         events = begun
         for id in where_N.unique().tolist():
             rows, expert = where_N == id, self.layer.experts[id]
             if not expert.frozen:
                 events += cast(Domain, expert.body).learn(x_NI[rows], labels[rows])
-        self._wait(x_NI, labels, where_N, routing.novel_T)
+        self._wait(usual, x_NI, labels, where_N, routing.novel_T)
         acts = self.organizer.step()
         for event in acts:
             if event.accepted and event.act == "spawn":
@@ -290,14 +291,21 @@ class GrowingClassifier(nn.Module):
         cast(Domain, self.layer.experts[event.child].body).name = f"domain {event.child}"
         return event.child
 
-    def _wait(self, x_NI: Tensor, labels: Tensor, where_N: Tensor, novel_N: Tensor | None) -> None:
+    def _wait(
+        self,
+        usual: dict[int, Tensor],
+        x_NI: Tensor,
+        labels: Tensor,
+        where_N: Tensor,
+        novel_N: Tensor | None,
+    ) -> None:
         """Novel inputs wait for some batches, in case they are the first of a new domain."""
         assert self.organizer is not None
         now = self.organizer.steps
         self._novel = [held for held in self._novel if now - held[0] < WINDOW]
         if novel_N is not None and novel_N.any():
-            self._novel.append((now, x_NI[novel_N], labels[novel_N], where_N[novel_N]))
-        waiting = sum(tensor_bytes(*held[1:]) for held in self._novel)
+            self._novel.append((now, usual, x_NI[novel_N], labels[novel_N], where_N[novel_N]))
+        waiting = sum(tensor_bytes(*held[2:], *held[1].values()) for held in self._novel)
         self._most_waiting = max(self._most_waiting, waiting)
 
     def _settle(self, newborn: int) -> list[Event]:
@@ -305,17 +313,20 @@ class GrowingClassifier(nn.Module):
         assert self.layer is not None
         if not self._novel:
             return []
-        x_NI = torch.cat([held[1] for held in self._novel])
-        labels = torch.cat([held[2] for held in self._novel])
-        where_N = torch.cat([held[3] for held in self._novel])
+        _, usual, *_ = self._novel[0]
+        x_NI = torch.cat([held[2] for held in self._novel])
+        labels = torch.cat([held[3] for held in self._novel])
+        where_N = torch.cat([held[4] for held in self._novel])
         self._novel.clear()
         for id in where_N.unique().tolist():
             if id in self.layer.experts:
-                rows = where_N == id
-                cast(Domain, self.layer.experts[id].body).take_back(x_NI[rows], labels[rows])
+                rows, domain = where_N == id, self.domains[id]
+                domain.take_back(x_NI[rows], labels[rows])
+                if id in usual:  # running means cannot be subtracted from
+                    domain.usual.score_3C.copy_(usual[id])
                 self.layer.experts[id].statistics.view()["rows"] -= int(rows.sum())
         self.layer.experts[newborn].statistics.view()["rows"] += len(labels)
-        return cast(Domain, self.layer.experts[newborn].body).learn(x_NI, labels)
+        return self.domains[newborn].learn(x_NI, labels)
 
     def _begin(self) -> tuple[MoE, Organizer]:
         view, made = self._view, itertools.count()

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 PRIOR_ROWS = 5.0  # what a newborn's parent tells it of usual distances counts as so many rows
+CLIP = 2.0  # sd from the mean beyond which a distance counts as if it lay there
+CLIPPED_SD = 0.96  # of a normal variable clipped so, in sd of the variable
 KNOWN_ROWS = 20.0  # rows of a label before its distances are trusted
 
 
@@ -86,7 +88,7 @@ class Usual(nn.Module):
             rows_C >= (PRIOR_ROWS if self.prior_VV.any() else KNOWN_ROWS)
         )
         score_N = self.score(view_NV).gather(1, label_N[:, None])[:, 0]
-        z_N = (score_N - mean_C[label_N]) / var_C[label_N].sqrt().clamp_min(0.05)
+        z_N = (score_N - mean_C[label_N]) / (var_C[label_N].sqrt() / CLIPPED_SD).clamp_min(0.05)
         return torch.where(known_C[label_N], z_N, torch.nan)
 
     def distance(self, other: Usual) -> float:
@@ -156,8 +158,8 @@ class Usual(nn.Module):
             rows, mean, var = self.score_3C[:, label].tolist()
             s = score_N[label_N == label]
             if rows >= KNOWN_ROWS:  # clipped, so that what is foreign does not become usual
-                sd = max(var**0.5, 0.05)
-                s = s.clamp(mean - 3 * sd, mean + 3 * sd)
+                sd = max(var**0.5 / CLIPPED_SD, 0.05)
+                s = s.clamp(mean - CLIP * sd, mean + CLIP * sd)
             # the last quarter of its rows: distances shrink while the estimate gets better
             rate = min(1.0, max(4 * len(s) / (rows + len(s)), 0.005 * len(s)))
             apart = float(s.mean()) - mean
