@@ -40,6 +40,7 @@ _HOME = {
     "Cell": "cell",
     "Memory": "cell",
     "MultiScaleFeatures": "features",
+    "PretrainedFeatures": "pretrained",
     "RandomPatchFeatures": "features",
     "RandomUnits": "features",
     "default_features": "features",
