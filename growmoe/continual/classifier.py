@@ -28,7 +28,6 @@ from growmoe.routers.closed_form import ClosedFormGate
 from growmoe.rules import (
     FreezeSettled,
     MergeOverlapping,
-    PruneIdle,
     Rule,
     SpawnOnNovelty,
     ThawOnNovelty,
@@ -39,7 +38,7 @@ WINDOW = 4  # batches whose novel inputs wait for a decision
 
 def default_rules() -> list[Rule]:
     """What makes domains of `GrowingClassifier`; leave some out to see what they are worth."""
-    return [SpawnOnNovelty(share=0.17), MergeOverlapping(), PruneIdle()]
+    return [SpawnOnNovelty(share=0.12), MergeOverlapping(z=1.0)]
 
 
 def default_label_rules() -> list[Rule]:
@@ -355,7 +354,10 @@ class GrowingClassifier(nn.Module):
             seed=self.seed,
         )
         named = nn.ModuleDict({"domains": layer})
-        organizer = Organizer(named, rules=self.rules, max_experts=1024, every=1, cooldown=8)
+        # sums add up exactly: whether two domains are one is for the rule to say
+        organizer = Organizer(
+            named, rules=self.rules, max_experts=1024, every=1, cooldown=8, tolerance=1.0
+        )
         layer.lineage = Lineage(replace(event, layer="domains") for event in layer.lineage)
         for id, expert in layer.experts.items():
             cast(Domain, expert.body).name = f"domain {id}"

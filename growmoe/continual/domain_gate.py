@@ -47,7 +47,7 @@ class DomainGate(Router):
     capped = False
 
     def __init__(
-        self, novel: float = 1.3, settled: int = 256, memory: float = 16.0, ridge: float = 0.3
+        self, novel: float = 1.6, settled: int = 256, memory: float = 16.0, ridge: float = 0.3
     ) -> None:
         super().__init__()
         if not (novel > 0 and settled >= 0 and memory > 0 and ridge > 0):

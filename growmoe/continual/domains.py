@@ -5,7 +5,7 @@ Legend: N inputs, V the view (what novelty is judged by), D features, G = D + 1,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -31,9 +31,9 @@ class Domain(nn.Module):
     """An expert for one domain: what is usual in it (`Usual`), and heads that tell its labels.
 
     Inputs are [view, features], [N, V + D]. The first domain of a stream has an expert for every
-    label, an inner `MoE` of `Moments`; one that is born later, and one that was merged, sums all
-    labels up together, which takes a C-th of the memory. On some thousand inputs both are equally
-    good; on more, experts of their own are better, and a stream that brings more is one domain.
+    label, an inner `MoE` of `Moments`; one that is born later sums all labels up together, which
+    takes a C-th of the memory. On a few thousand inputs both are equally good; on more, experts of
+    their own are better.
 
     Args:
         num_labels: C.
@@ -131,7 +131,7 @@ class Domain(nn.Module):
 
     merge_key = "domain"
 
-    def _pooled(self) -> Domain:
+    def _empty(self, pooled: bool) -> Domain:
         return Domain(
             self.num_labels,
             self.view,
@@ -140,29 +140,38 @@ class Domain(nn.Module):
             self.rules,
             self.seed,
             self.blocks,
-            pooled=True,
+            pooled,
         ).train(self.training)
 
     def cloned(self, noise: float, generator: torch.Generator) -> Domain:
         """A child that has seen nothing, with this domain's idea of what is usual as a prior."""
-        child = self._pooled()
+        child = self._empty(pooled=True)
         child.usual = self.usual.child()
         return child
 
     def fresh(self, d_model: int, d_out: int, **place: Any) -> Domain:
         """An empty domain."""
-        return self._pooled()
+        return self._empty(pooled=True)
 
     @torch.no_grad()
     def merged(self, others: Sequence[Domain], weights: Sequence[float]) -> Domain:
-        """The sum of all statistics: exactly what one domain would hold that had seen all rows."""
-        result = self._pooled()
+        """The sum of all statistics: what one domain would hold that had seen all rows.
+
+        If one of them has label experts, so has the sum; what others summed up together is shared
+        out by `PooledHead.by_label`.
+        """
+        bodies = (self, *others)
+        result = self._empty(pooled=all(body.layer is None for body in bodies))
         result.name = self.name
         result.usual = self.usual.merged([other.usual for other in others])
-        head = cast(PooledHead, result.heads)
-        for body in (self, *others):
-            if body.known:
-                head.add_totals(*body.totals())
+        for body in bodies:
+            if not body.known:
+                continue
+            if isinstance(result.heads, PooledHead):
+                result.heads.add_totals(*body.totals())
+            else:
+                for label, moments in body.heads.by_label().items():
+                    result.heads.add(label, moments)
         return result
 
     @torch.no_grad()
@@ -251,6 +260,21 @@ class LabelExperts(nn.Module):
                 sums[b][_label(expert)] += total_G
         return moments, sums
 
+    def by_label(self) -> dict[int, list[Tensor]]:
+        """Each label's moment in each block of features, [G_b, G_b]."""
+        experts = () if self.layer is None else self.layer.experts.values()
+        return {_label(expert): scaled_moments(expert)[0] for expert in experts}
+
+    def add(self, label: int, moments: Sequence[Tensor]) -> None:
+        """Add what was summed up of a label, as `by_label` gives it."""
+        if self.layer is None:
+            self.layer, self.organizer = self._begin(label)
+        if label not in {_label(e) for e in self.layer.experts.values()}:
+            surgery.spawn(self.layer, expert=self._kind(label), admitted=True, reason="merged")
+        (expert,) = (e for e in self.layer.experts.values() if _label(e) == label)
+        cast(Moments, expert.body).add_moments(moments)
+        expert.statistics.view()["rows"] += float(moments[0][-1, -1])
+
     def sample(self, label_N: Tensor, generator: torch.Generator) -> Tensor:
         """Draws from the Gaussians of these labels: [N, D]."""
         assert self.layer is not None
@@ -336,15 +360,31 @@ class PooledHead(nn.Module):
         sums = self.sum_CG.double().split([width + 1 for width in self.blocks], dim=1)
         return [m.double() for m in self.moments.moments()], list(sums)
 
+    def by_label(self) -> dict[int, list[Tensor]]:
+        """As `LabelExperts.by_label`: each label's mean, and the scatter within all labels.
+
+        Their sum over the labels is exact.
+        """
+        shares: dict[int, list[Tensor]] = {}
+        for sum_CG, mean_CG, within_GG in self._scatter():
+            for label in (sum_CG[:, -1] >= 0.5).nonzero()[:, 0].tolist():
+                moment_GG = sum_CG[label][:, None] * mean_CG[label]
+                shares.setdefault(label, []).append(moment_GG + sum_CG[label, -1] * within_GG)
+        return shares
+
+    def _scatter(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each block the labels' sums and means [C, G_b], and the scatter within a label."""
+        for moment_GG, sum_CG in zip(*self.totals(), strict=True):
+            mean_CG = sum_CG / sum_CG[:, -1:].clamp_min(1)
+            within_GG = moment_GG - sum_CG.T @ mean_CG
+            yield sum_CG, mean_CG, within_GG / moment_GG[-1, -1].clamp_min(1)
+
     def sample(self, label_N: Tensor, generator: torch.Generator) -> Tensor:
         """Draws around the labels' means with the scatter of all within labels: [N, D]."""
         draws = []
-        for moment_GG, sum_CG in zip(*self.totals(), strict=True):
-            count_C1 = sum_CG[:, -1:].clamp_min(1)
-            mean_CD = (sum_CG / count_C1)[:, :-1]
-            within_DD = moment_GG[:-1, :-1] - (sum_CG[:, :-1].T @ mean_CD)
-            within_DD = within_DD / moment_GG[-1, -1].clamp_min(1)
-            value_D, vector_DD = torch.linalg.eigh(within_DD)
+        for _, mean_CG, within_GG in self._scatter():
+            mean_CD = mean_CG[:, :-1]
+            value_D, vector_DD = torch.linalg.eigh(within_GG[:-1, :-1])
             noise = torch.randn(
                 len(label_N), len(value_D), generator=generator, dtype=torch.float64
             )

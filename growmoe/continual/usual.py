@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-PRIOR_ROWS = 5.0  # what a newborn's parent tells it of usual distances counts as so many rows
+PRIOR_ROWS = 200.0  # what a newborn inherits of usual distances counts as so many rows
 CLIP = 2.0  # sd from the mean beyond which a distance counts as if it lay there
 CLIPPED_SD = 0.96  # of a normal variable clipped so, in sd of the variable
+STALE = 0.05  # growth of a domain's rows until its covariance is factored anew
 KNOWN_ROWS = 20.0  # rows of a label before its distances are trusted
 
 
@@ -47,7 +48,7 @@ class Usual(nn.Module):
         self.register_buffer("cross_VV", torch.zeros(view, view))
         self.register_buffer("score_3C", torch.zeros(3, num_labels))  # rows, mean, variance
         self.register_buffer("prior_VV", torch.zeros(view, view))
-        self._whitening: tuple[Tensor, Tensor] | None = None
+        self._whitening: tuple[float, Tensor] | None = None
 
     def covariance(self) -> Tensor:
         """Within labels, shrunk to the parent's as if that were V rows more: [V, V]."""
@@ -70,23 +71,23 @@ class Usual(nn.Module):
 
     def _white(self) -> tuple[Tensor, Tensor]:
         """What whitens views within labels [V, V], and the whitened means of the labels [C, V]."""
-        if self._whitening is None:
-            factor_VV, info = torch.linalg.cholesky_ex(self.covariance().double())
+        rows = float(self.count_C.sum())
+        if self._whitening is None or abs(rows - self._whitening[0]) > STALE * self._whitening[0]:
+            cov_VV = self.covariance().double()
+            factor_VV, info = torch.linalg.cholesky_ex(cov_VV)
             if info > 0:
-                factor_VV = self.covariance().diagonal().sqrt().diag().double()
-            white_VV = torch.linalg.solve_triangular(
-                factor_VV, torch.eye(self.view, dtype=torch.float64), upper=False
-            ).T.float()
-            mean_CV = self.sum_CV / self.count_C.clamp_min(1)[:, None]
-            self._whitening = white_VV, mean_CV @ white_VV
-        return self._whitening
+                factor_VV = cov_VV.diagonal().sqrt().diag()
+            eye_VV = torch.eye(self.view, dtype=torch.float64)
+            white_VV = torch.linalg.solve_triangular(factor_VV, eye_VV, upper=False).T.float()
+            self._whitening = rows, white_VV
+        white_VV = self._whitening[1]
+        mean_CV = self.sum_CV / self.count_C.clamp_min(1)[:, None]
+        return white_VV, mean_CV @ white_VV
 
     def novelty(self, view_NV: Tensor, label_N: Tensor) -> Tensor:
         """z of each input among those of its label: [N]; NaN where this domain cannot tell."""
         rows_C, mean_C, var_C = self.score_3C
-        known_C = (self.count_C >= 2) & (
-            rows_C >= (PRIOR_ROWS if self.prior_VV.any() else KNOWN_ROWS)
-        )
+        known_C = (self.count_C >= 2) & (rows_C >= KNOWN_ROWS)
         score_N = self.score(view_NV).gather(1, label_N[:, None])[:, 0]
         z_N = (score_N - mean_C[label_N]) / (var_C[label_N].sqrt() / CLIPPED_SD).clamp_min(0.05)
         return torch.where(known_C[label_N], z_N, torch.nan)
@@ -148,7 +149,8 @@ class Usual(nn.Module):
         self.count_C.index_add_(0, label_N, torch.full((len(label_N),), times))
         self.sum_CV.index_add_(0, label_N, view_NV, alpha=times)
         self.cross_VV.addmm_(view_NV.T, view_NV, alpha=times)
-        self._whitening = None
+        if times < 0:
+            self._whitening = None
 
     def _calibrate(self, view_NV: Tensor, label_N: Tensor) -> None:
         score_N = self.score(view_NV).gather(1, label_N[:, None])[:, 0]
