@@ -177,13 +177,21 @@ class Recorder(nn.Module):
         if num_rows:
             row_N, keep = self._evidence(r, counts_E, num_rows, generator)
             row_Q = torch.arange(0, num_rows, -(-num_rows // SAMPLE), device=x_TD.device)
-            wanted_TX = x_TD if candidates_TE is None else torch.cat([x_TD, candidates_TE], 1)
+            wanted = [x_TD]
+            if candidates_TE is not None:
+                wanted.append(candidates_TE.to(x_TD.dtype))
+            if novel_T is not None:
+                wanted.append(novel_T[:, None].to(x_TD.dtype))
+            wanted_TX = torch.cat(wanted, 1) if len(wanted) > 1 else x_TD
             at_X = self._at(wanted_TX, assignment, torch.cat([row_Q, row_N]))
             x_QD, x_ND = at_X[:, : self.d_model].split([len(row_Q), len(row_N)])
             expert_Q = torch.searchsorted(counts_E.cumsum(0), row_Q, right=True)
-            judges_QE = None if candidates_TE is None else at_X[: len(row_Q), self.d_model :] > 0
-            novel_Q = None if novel_T is None else novel_T[assignment.token_R[row_Q]]
-            self._observe_novelty(r, x_QD, expert_Q, hit_rate_E, judges_QE, novel_Q)
+            more_QX = at_X[: len(row_Q), self.d_model :] > 0
+            judges_QE = None if candidates_TE is None else more_QX[:, : len(counts_E)]
+            novel_Q = None if novel_T is None else more_QX[:, -1]
+            # a router's own judgement of single inputs is counted by inputs, whatever the batch
+            rate = NOVELTY_RATE if novel_T is None else min(1.0, num_rows / 512)
+            self._observe_novelty(r, x_QD, expert_Q, hit_rate_E, judges_QE, novel_Q, rate)
             if len(row_N):
                 self._keep_evidence(r, x_ND, hit_E & keep[0], keep[1])
 
@@ -195,6 +203,7 @@ class Recorder(nn.Module):
         hit_rate_E: Tensor,
         candidates_QE: Tensor | None,
         novel_Q: Tensor | None,
+        rate: float,
     ) -> None:
         finite_Q = x_QD.isfinite().all(1)
         x_QD = torch.where(finite_Q[:, None], x_QD, 0.0)
@@ -252,8 +261,6 @@ class Recorder(nn.Module):
         r["novel"] += NOVELTY_RATE * (hit_rate_E > 0) * (novel_E - r["novel"])
 
         novel = self.novel
-        # a router's own judgement of single inputs is counted by inputs, whatever the batch
-        rate = NOVELTY_RATE if novel_T is None else min(1.0, len(assignment.token_R) / 512)
         novel[0] += rate * (novel_Q.float().mean() - novel[0])
         novel[1] = torch.maximum(novel[1], novel[0])
         novel[2] += novel_Q.sum()
