@@ -14,6 +14,7 @@ PRIOR_ROWS = 200.0  # what a newborn inherits of usual distances counts as so ma
 CLIP = 2.0  # sd from the mean beyond which a distance counts as if it lay there
 CLIPPED_SD = 0.96  # of a normal variable clipped so, in sd of the variable
 STALE = 0.05  # growth of a domain's rows until its covariance is factored anew
+KNOWN_VIEWS = 4  # rows for each number of a view before a covariance without prior is trusted
 KNOWN_ROWS = 20.0  # rows of a label before its distances are trusted
 
 
@@ -88,6 +89,8 @@ class Usual(nn.Module):
         """z of each input among those of its label: [N]; NaN where this domain cannot tell."""
         rows_C, mean_C, var_C = self.score_3C
         known_C = (self.count_C >= 2) & (rows_C >= KNOWN_ROWS)
+        if not self.prior_VV.any():  # the first covariance must be there before it can judge
+            known_C &= self.count_C.sum() >= KNOWN_VIEWS * self.view
         score_N = self.score(view_NV).gather(1, label_N[:, None])[:, 0]
         z_N = (score_N - mean_C[label_N]) / (var_C[label_N].sqrt() / CLIPPED_SD).clamp_min(0.05)
         return torch.where(known_C[label_N], z_N, torch.nan)

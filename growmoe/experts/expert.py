@@ -207,8 +207,17 @@ def clone_body(body: nn.Module, noise: float, generator: torch.Generator) -> nn.
 
 
 def check_alike(bodies: Sequence[nn.Module]) -> None:
-    """Raise ValueError if bodies are of different kinds or shapes, so that none is their mean."""
+    """Raise ValueError if bodies are of different kinds or shapes, so that none is their mean.
+
+    A kind that has a `merge_key` says by it what can be merged, whatever the shapes.
+    """
     base, others = bodies[0], list(bodies[1:])
+    if hasattr(base, "merge_key"):
+        if len({merge_group(body) for body in bodies}) > 1:
+            raise ValueError(
+                f"merge: experts of different kinds: {sorted({merge_group(b) for b in bodies})}"
+            )
+        return
     shapes = {name: tuple(t.shape) for name, t in base.state_dict().items() if hasattr(t, "shape")}
     for other in others:
         other_shapes = {
