@@ -10,6 +10,8 @@ measures; one domain (cpp) is left out of the calibration in a second arm.
     python benchmarks/pruning.py cut runs/seed0 runs/seed1 runs/seed2
     python benchmarks/pruning.py recover400 runs/seed0 runs/seed1 runs/seed2
     python benchmarks/pruning.py recover1500 runs/seed0 runs/seed1 runs/seed2
+    for s in 0 1 2; do growmoe train-lm … --experts 22 --seed $s --output runs/small$s; done
+    python benchmarks/pruning.py scratch runs/small0 runs/small1 runs/small2
     python benchmarks/pruning.py tables
 """
 
@@ -43,6 +45,8 @@ from growmoe.lm.domains import Domain
 RESULTS = Path(__file__).parent / "results" / "pruning"
 RATIOS = (0.125, 0.25, 0.3, 0.5)
 CALIBRATION, SELECTION, TEST = 64, 24, 64  # windows of each domain
+RECOVERY_TEST = 96
+TAKEN = {400: (2, 3), 1500: (2,)}  # steps of recovery -> experts per token
 HELD_OUT = "cpp"
 RANDOM_DRAWS = 3
 
@@ -161,29 +165,30 @@ def one_shot(folder: Path) -> dict[str, Any]:
 def recovered(folder: Path, steps: int) -> dict[str, Any]:
     """30% pruned by REAP with least squares, then trained, beside the whole model trained as long.
 
-    Once with as many experts per token as before, once with one more, which costs more arithmetic
-    per token and no memory.
+    With as many experts per token as before, and with more, which costs more arithmetic per token
+    and no memory. What the result file has is not trained again.
     """
     run = load_run(folder)
     config = run.config
     domains = load_domains(config.domains, config.bytes_per_domain)
-    test = cut_windows(domains, "test", 96)
+    test = cut_windows(domains, "test", RECOVERY_TEST)
     calibration = joined(cut_windows(domains, "train", 128))
 
     def batches(step: int) -> Tensor:
         x_BS, y_BS, _ = batch(domains, None, config.steps + step, config.seed, 32, 128)
         return torch.cat([x_BS, y_BS[:, -1:]], 1)
 
-    found: dict[str, Any] = {"whole": measured(run.model, test)}
-    seconds: dict[str, float] = {}
-    for name, k in (("control", 2), ("pruned, k 2", 2), ("pruned, k 3", 3)):
+    path = RESULTS / f"recover-{steps}-seed{config.seed}.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    found: dict[str, Any] = before.get("losses", {"whole": measured(run.model, test)})
+    seconds: dict[str, float] = before.get("cpu_seconds", {})
+    for name, k in (("control", 2), *((f"pruned, k {k}", k) for k in TAKEN[steps])):
+        if name in found:
+            continue
         model, clock = copy.deepcopy(run.model), time.process_time()
         teacher = None if name == "control" else run.model
-        if k > 2 and steps > 400:
-            continue
         if teacher is not None:
-            if k > 2:
-                model = with_k(model, k)
+            model = with_k(model, k)
             prune(model, calibration, ratio=0.3, saliency="reap")
             layers = layers_of(model)
             target = mixtures(run.model, layers_of(run.model), calibration, next_token_loss)
@@ -201,6 +206,18 @@ def recovered(folder: Path, steps: int) -> dict[str, Any]:
         "steps": steps,
         "losses": found,
         "cpu_seconds": seconds,
+    }
+
+
+def from_scratch(folder: Path) -> dict[str, Any]:
+    """What a model costs that was pretrained as long with 30% fewer experts from the start."""
+    run = load_run(folder)
+    domains = load_domains(run.config.domains, run.config.bytes_per_domain)
+    test = cut_windows(domains, "test", RECOVERY_TEST)
+    return {
+        "seed": run.config.seed,
+        "experts": run.config.experts,
+        "losses": measured(run.model, test),
     }
 
 
@@ -261,6 +278,7 @@ def tables() -> None:
         spent = sum(s[arm][key]["0.3"]["cpu_seconds"] for s in seeds) / len(seeds)
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {spent:.1f} |")
     lines += ["", *_against(seeds, arm), "", *_held_out(seeds), "", *_recovery()]
+    lines += ["", *_from_scratch()]
     (RESULTS / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _plot(curves)
 
@@ -269,18 +287,23 @@ def _against(seeds: list[dict[str, Any]], arm: str) -> list[str]:
     """Paired over test windows, each seed by itself: the least-squares cut against its rivals."""
     best = "reap + least squares"
     lines = [
-        f"{best} minus another, paired over test windows, 95% interval of each seed:",
+        f"{best} minus another, paired over test windows, with the 95% interval of each",
+        "seed over its windows, and that of the mean over seeds:",
         "",
-        "| against | removed | " + " | ".join(f"seed {s['seed']}" for s in seeds) + " |",
-        "|---|---:|" + "---:|" * len(seeds),
+        "| against | removed | " + " | ".join(f"seed {s['seed']}" for s in seeds) + " | seeds |",
+        "|---|---:|" + "---:|" * (len(seeds) + 1),
     ]
-    for rival in ("reap", "leave-one-out", "random + least squares"):
+    rivals = ("reap", "leave-one-out", "leave-one-out + least squares", "random + least squares")
+    for rival in rivals:
         for ratio in ("0.25", "0.3", "0.5"):
-            cells = []
+            cells, means = [], []
             for s in seeds:
                 rise = change(s[arm][rival][ratio]["losses"], s[arm][best][ratio]["losses"])
                 mean, low, high = interval(rise)
+                means.append(mean)
                 cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+            mean, low, high = interval(torch.tensor(means))
+            cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
             lines.append(f"| {rival} | {float(ratio):.1%} | " + " | ".join(cells) + " |")
     return lines
 
@@ -344,6 +367,37 @@ def _recovery() -> list[str]:
     return lines
 
 
+def _from_scratch() -> list[str]:
+    """The whole models against those that had fewer experts from the start."""
+    paths = sorted(RESULTS.glob("scratch-seed*.json"))
+    if not paths:
+        return []
+    found = [json.loads(path.read_text()) for path in paths]
+    lines = [
+        f"Pretrained as long with {found[0]['experts']} experts from the start, minus the whole "
+        "model, not trained on:",
+        "nats per byte, paired over test windows.",
+        "",
+        "| seed | whole | fewer from the start | difference | 95% interval |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    means = []
+    for small in found:
+        path = RESULTS / f"recover-400-seed{small['seed']}.json"
+        whole = json.loads(path.read_text())["losses"]["whole"]
+        mean, low, high = interval(change(whole, small["losses"]))
+        means.append(mean)
+        a, b = (
+            sum(map(sum, each.values())) / sum(map(len, each.values()))
+            for each in (whole, small["losses"])
+        )
+        lines.append(
+            f"| {small['seed']} | {a:.4f} | {b:.4f} | {mean:+.4f} | [{low:+.4f}, {high:+.4f}] |"
+        )
+    mean, low, high = interval(torch.tensor(means))
+    return [*lines, f"| all | | | {mean:+.4f} | [{low:+.4f}, {high:+.4f}] |"]
+
+
 def _plot(curves: dict[str, list[Tensor]]) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -377,6 +431,8 @@ def main() -> None:
     for folder in folders:
         if act == "cut":
             result, name = one_shot(folder), "cut"
+        elif act == "scratch":
+            result, name = from_scratch(folder), "scratch"
         else:
             steps = int(act.removeprefix("recover"))
             result, name = recovered(folder, steps), f"recover-{steps}"

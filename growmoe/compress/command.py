@@ -289,8 +289,9 @@ def print_report(report: Report, console: Console) -> None:
         drawn.add_row(name, *_cells(change))
     for label, found in (report.recovery or {}).get("tables", {}).items():
         drawn.add_section()
+        drawn.add_row(f"{label}:")
         for name, change in found.items():
-            drawn.add_row(f"{name}, {label}", *_cells(Change(**change)))
+            drawn.add_row(name, *_cells(Change(**change)))
     console.print(drawn)
     share = 1 - report.experts_after / report.experts_before
     print(

@@ -2,6 +2,11 @@
 
 Every way below takes a layer with its statistics and the number of experts that are to be left,
 and returns that many groups, those of one expert included.
+
+M-SMoE and HC-SMoE as published keep all rows of the router and let those of a group lead to one
+expert, which frees no router and needs a model that knows of it. Here an expert has one row, so
+that what comes out is an ordinary model with fewer experts; and each layer loses as many, where
+M-SMoE shares the budget out by frequency.
 """
 
 from __future__ import annotations

@@ -19,9 +19,10 @@ _PAGE = """<!doctype html>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; width: 100%; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child, td.text { text-align: left; }
+th:first-child, td:first-child, th.text, td.text { text-align: left; }
 code { background: var(--soft); padding: .1rem .3rem; overflow-wrap: anywhere; }
-svg { width: 100%; height: auto; }
+svg { width: 100%; height: auto; margin-bottom: -.5rem; }
+td { overflow-wrap: anywhere; }
 .gone { fill: var(--gone); } .kept { fill: var(--kept); }
 text { font: 11px system-ui, sans-serif; fill: currentColor; }
 details { margin: .5rem 0; }
@@ -52,11 +53,11 @@ sequences. “(calibration)” is what the choice was made on.</p>
 {{ losses(r.domains, "before", "after") }}
 {% if r.recovery %}
 <h2>After recovery</h2>
-<p>{{ r.recovery.router_steps }} steps of the routers alone, then {{ r.recovery.steps }} of all
-parameters, in {{ "%.0f"|format(r.recovery.seconds) }} s.</p>
+<p>{% if r.recovery.router_steps %}{{ r.recovery.router_steps }} steps of the routers alone, then {% endif %}
+{{ r.recovery.steps }} steps of all parameters, in {{ "%.0f"|format(r.recovery.seconds) }} s.</p>
 {% for label, found in r.recovery.tables.items() %}
-<h3>{{ label }}</h3>
-{{ losses(found, "whole model, trained as long" if "control" in label else "whole model", "recovered") }}
+<h3>Against {{ "the control: the whole model, trained as long" if "control" in label else "the whole model as it was" }}</h3>
+{{ losses(found, "control" if "control" in label else "whole", "recovered") }}
 {% endfor %}
 {% endif %}
 <h2>Layers</h2>
@@ -79,13 +80,14 @@ parameters, in {{ "%.0f"|format(r.recovery.seconds) }} s.</p>
 {% if (bars|length) <= 64 %}<text x="{{ (loop.index0 + 0.5) * width }}" y="116" text-anchor="middle">{{ id }}</text>{% endif %}
 {% endfor %}
 </svg>
-<p>{{ "Saliency" if layer.saliency else "Load" }} of each expert; red went.</p>
+<p>{{ "Saliency" if layer.saliency else "Load" }} of each expert; red
+{{ "joined another" if layer.merged else "went" }}.</p>
 {% endif %}
 {% if layer.merged %}<p>Merged:
 {% for group in layer.merged %}{{ group|join(" + ") }}{{ "; " if not loop.last }}{% endfor %}.</p>{% endif %}
 {% if layer.removed %}
 <details open><summary>Why each went</summary>
-<table><tr><th>expert</th><th>load</th><th>reason</th></tr>
+<table><tr><th>expert</th><th>tokens</th><th class="text">reason</th></tr>
 {% for id in layer.removed %}
 <tr><td>{{ id }}</td><td>{{ "%.0f"|format(layer.load[id|string]) if id|string in layer.load else "–" }}</td>
 <td class="text">{{ layer.reasons[id|string] or "–" }}</td></tr>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,23 @@ def draw(layers: Sequence[dict[str, Any]], path: Path) -> None:
             left.bar(places, [v / mean for v in layer["load"]], color="0.8", label="load")
         for name, values in layer["saliency"].items():
             mean = sum(values) / len(values) or 1.0
-            left.plot(places, [v / mean for v in values], ".-", linewidth=0.8, label=name)
+            left.plot(places, [v / mean for v in values], "o", markersize=4, label=name)
         left.set_xticks(list(places), [str(id) for id in layer["ids"]], fontsize=6)
         left.set_title(layer["name"], fontsize=9)
         left.set_ylabel("relative to the mean", fontsize=8)
+        left.set_xlabel("expert", fontsize=8)
+        left.set_ylim(bottom=0)
         left.legend(fontsize=7)
         if layer["similarity"] is None:
             right.set_axis_off()
             continue
-        image = right.imshow(layer["similarity"], vmin=-1, vmax=1, cmap="RdBu_r")
+        # without the diagonal, and as far as they go: all ones there would pale the rest
+        others = [
+            [v if e != o else math.nan for o, v in enumerate(row)]
+            for e, row in enumerate(layer["similarity"])
+        ]
+        most = max((abs(v) for row in others for v in row if not math.isnan(v)), default=1.0)
+        image = right.imshow(others, vmin=-most, vmax=most, cmap="RdBu_r")
         right.set_title("cosine of outputs", fontsize=9)
         figure.colorbar(image, ax=right)
     figure.savefig(path, dpi=100)

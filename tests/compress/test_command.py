@@ -70,8 +70,12 @@ def test_a_run_is_pruned_then_merged_and_the_source_stays(
     assert call("merge", tmp_path / "p", "--keep", 3, *small, "--output", tmp_path / "m") == 0
     model = load_run(tmp_path / "m" / "checkpoint.safetensors").model
     assert [len(block.feed_forward.experts) for block in model.blocks] == [3, 3]
+    capsys.readouterr()
     assert call("inspect", run, *small, "--output", tmp_path / "i") == 0
     assert (tmp_path / "i" / "inspect.png").exists()
+    table = capsys.readouterr().out.partition("written:")[0]
+    assert "most like" in table and "\x1b" not in table, "no colour where it is piped"
+    assert max(map(len, table.splitlines())) <= 80
 
 
 def test_recovery_is_told_beside_its_control(run: Path, tmp_path: Path) -> None:
