@@ -60,8 +60,8 @@ class Block:
         for part, p in self.experts.named_parameters():
             if len(p) != self.count or not p.is_floating_point() or p.element_size() < 2:
                 raise CompressError(
-                    f"{name}: experts.{part} is {p.dtype} {tuple(p.shape)}: quantized experts are "
-                    "pruned on disk alone (--streaming), or after dequantizing them"
+                    f"{name}: experts.{part} is {p.dtype} {tuple(p.shape)}: prune and merge "
+                    "before quantization"
                 )
 
     @property

@@ -17,6 +17,7 @@ from growmoe.compress.report import Inspection, Report
 from growmoe.compress.text import Texts, read_texts
 from growmoe.hf.block import allow_uneven
 from growmoe.hf.folder import load, read_config, require, tokenizer_of, write
+from growmoe.hf.streaming import available_bytes, prune_streaming, streams
 
 LONGEST = 512  # tokens of a sequence, unless asked for
 
@@ -28,7 +29,10 @@ def prune_folder(options: Options, progress: Progress, say: Any) -> Report:
         CompressError: it cannot be done; there is no new folder then.
     """
     with quiet():
-        return _in_memory(options, progress, say)
+        if not streams(options, available_bytes()):
+            return _in_memory(options, progress, say)
+        say(f"{options.model}: layer by layer, then tensor by tensor")
+        return prune_streaming(options, texts_of(options), progress, say)
 
 
 def merge_folder(options: Options, progress: Progress, say: Any) -> Report:

@@ -69,6 +69,14 @@ class Family:
     disk_rows: Mapping[str, str] = field(default_factory=dict)
     split: tuple[str, str, str] | None = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
+    def on_disk(self, name: str) -> str:
+        """The name in files of a decoder layer's tensor that is not split by experts."""
+        inner = name.removeprefix(f"{self.block}.")
+        if inner == name:
+            return name
+        renamed = {memory: disk for disk, memory in self.disk_rows.items()}
+        return f"{self.disk_block}.{renamed.get(inner, inner)}"
+
     def groups_of(self, config: Any) -> tuple[int, int]:
         """How many groups of experts there are, and how many of them a token may choose in."""
         if self.groups is None:

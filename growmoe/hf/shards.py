@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from growmoe.compress.layer import CompressError
@@ -49,6 +50,7 @@ class Checkpoint:
         self.folder = folder
         self.files = _files(folder)
         self.entries: dict[str, Entry] = {}
+        self._opened: dict[Path, Any] = {}
         self.metadata: dict[str, str] = {}
         for file in self.files:
             header, base = _header(file)
@@ -79,12 +81,12 @@ class Checkpoint:
         Raises:
             CompressError: there is none.
         """
-        from safetensors import safe_open
-
         if name not in self.entries:
             raise CompressError(f"{self.folder} holds no tensor {name}")
-        with safe_open(self.entries[name].file, "pt") as opened:
-            found: Tensor = opened.get_tensor(name)
+        file = self.entries[name].file
+        if file not in self._opened:
+            self._opened[file] = safe_open(file, "pt")
+        found: Tensor = self._opened[file].get_tensor(name)
         return found
 
 
