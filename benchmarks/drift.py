@@ -60,6 +60,7 @@ def detections(stream: Stream, seed: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {name: [] for name in DETECTORS}
     seen = 0
     for batch in stream.batches(BATCH):
+        births = grown.births
         grown.learn(batch.images, batch.labels)
         logits = net(batch.images)
         for wrong in (logits.argmax(1) != batch.labels).tolist():
@@ -71,7 +72,7 @@ def detections(stream: Stream, seed: int) -> dict[str, list[float]]:
         optimizer.zero_grad()
         nn.functional.cross_entropy(logits, batch.labels).backward()
         optimizer.step()
-    found["growmoe"] = grown.detections
+        found["growmoe"] += [float(seen)] * (grown.births - births)
     return found
 
 

@@ -7,9 +7,9 @@ what differs between them is what they do about forgetting.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 
 from growmoe.continual import require
 from growmoe.continual.cell import Cell, Memory, parameter_count, tensor_bytes
-from growmoe.continual.rivals.learner import accuracy
+from growmoe.continual.record import Recorder, Subject, answers
 from growmoe.continual.streams import Stream
 
 require("avalanche.training.supervised")
@@ -73,17 +73,32 @@ def mlp(stream: Stream, hidden: int) -> nn.Sequential:
 
 
 class _Report(SupervisedPlugin):
-    """Tells how far the training of one experience is."""
+    """Tells how far the training of one experience is, and the recorder what is learned.
 
-    def __init__(self, tell: Callable[[float], None]) -> None:
+    Args:
+        tell: told the fraction done.
+        recorder: told of the mini-batches of the first epoch.
+    """
+
+    def __init__(self, tell: Callable[[float], None], recorder: Recorder) -> None:
         super().__init__()
-        self.tell = tell
-        self.steps = 0
+        self.tell, self.recorder = tell, recorder
+        self.steps, self.left = 0, 0
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        self.steps = 0
+        self.steps, self.left = 0, len(strategy.experience.dataset)
+
+    def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        # the examples of the experience come first, those of a replay memory after them
+        count = min(self.left, strategy.train_mb_size)
+        if count:
+            self.recorder.before(strategy.mb_x[:count], strategy.mb_y[:count])
 
     def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        count = min(self.left, strategy.train_mb_size)
+        if count:
+            self.recorder.after(count)
+        self.left -= count
         self.steps += 1
         if self.steps % 10 == 0:
             total = len(strategy.dataloader) * strategy.train_epochs
@@ -91,14 +106,62 @@ class _Report(SupervisedPlugin):
 
 
 class CellRun:
-    """One cell under way: its benchmark, its clock, its accuracy matrix, its progress."""
+    """One cell under way: its benchmark, its recorder, its progress.
 
-    def __init__(self, stream: Stream, progress: Progress) -> None:
+    Args:
+        stream: what is learned.
+        progress: told the fraction done and what is being done.
+        kept: gives the memory that the method holds, of its strategy.
+        within: whether the method takes an experience in by mini-batches, each once in the first
+            epoch, so that it can be asked on the way.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        progress: Progress,
+        kept: Callable[[Any], Memory] | None = None,
+        within: bool = True,
+    ) -> None:
         self.stream, self.progress = stream, progress
         self.benchmark = stream.benchmark()
-        self.matrix: list[list[float]] = []
-        self.seconds = 0.0
-        self.reporter = _Report(self._tell)
+        self.strategy: Any = None
+        size = None
+        if kept is not None:
+            size = partial(self._size, kept)
+        subject = Subject(
+            lambda images, experience: self._scores(images),
+            size=size,
+            ready=lambda: answers(self._learner),
+        )
+        self.recorder = Recorder(stream, subject, points=None if within else 0)
+        self.reporter = _Report(self._tell, self.recorder)
+
+    @property
+    def matrix(self) -> list[list[float]]:
+        """The rows of the accuracy matrix so far."""
+        return self.recorder.matrix
+
+    @property
+    def seconds(self) -> float:
+        """Of training so far."""
+        return self.recorder.seconds
+
+    @property
+    def _learner(self) -> Any:
+        return getattr(self.strategy, "learner", self.strategy.model)
+
+    def _scores(self, images: torch.Tensor) -> torch.Tensor:
+        learner = self._learner
+        if not isinstance(learner, nn.Module):
+            return learner(images)  # type: ignore[no-any-return]
+        training = learner.training
+        scores: torch.Tensor = learner.eval()(images)
+        learner.train(training)
+        return scores
+
+    def _size(self, kept: Callable[[Any], Memory]) -> tuple[int, int]:
+        return parameter_count(self.strategy.model), kept(self.strategy).total
 
     def _tell(self, fraction: float) -> None:
         done, total = len(self.matrix), self.stream.num_experiences
@@ -108,20 +171,18 @@ class CellRun:
         """Arguments that every Avalanche strategy here shares."""
         return {"evaluator": EvaluationPlugin(loggers=[]), "eval_mb_size": _EVAL_BATCH}
 
-    def evaluate(self, strategy: Any) -> list[float]:
-        """Accuracy on the test images of each experience, as Avalanche's evaluation gives it."""
-        scores = getattr(strategy, "learner", strategy.model)
-        if isinstance(scores, nn.Module):
-            scores.eval()
-        return [accuracy(self.stream, j, scores) for j in range(self.stream.num_experiences)]
+    def untrained(self, strategy: Any) -> list[float]:
+        """The accuracy on each experience before anything was learned."""
+        self.strategy = strategy
+        return self.recorder.row(0)
 
     def train(self, strategy: Any, experiences: Any) -> None:
         """Train, then fill the next row of the accuracy matrix."""
+        self.strategy = strategy
         self._tell(0.0)
-        begin = time.perf_counter()
-        strategy.train(experiences, eval_streams=[])
-        self.seconds += time.perf_counter() - begin
-        self.matrix.append(self.evaluate(strategy))
+        with self.recorder.learning():
+            strategy.train(experiences, eval_streams=[])
+        self.recorder.test()
 
 
 class _TensorBatches:
@@ -170,6 +231,7 @@ def run_incremental(
     plugin: SupervisedPlugin | None,
     kept: Callable[[Any], Memory],
     kind: Callable[..., Any] = _Naive,
+    within: bool = True,
     **options: Any,
 ) -> Cell:
     """Train one network on one experience after another, with a plugin or without.
@@ -177,8 +239,9 @@ def run_incremental(
     Args:
         kept: gives the memory that the method holds at the end.
         kind: an Avalanche strategy, and `options` of its own.
+        within: as of `CellRun`.
     """
-    run = CellRun(stream, progress)
+    run = CellRun(stream, progress, kept, within=within)
     model = mlp(stream, training.hidden)
     strategy = kind(
         model=model,
@@ -189,7 +252,7 @@ def run_incremental(
         **options,
         **run.common(),
     )
-    untrained = run.evaluate(strategy)
+    untrained = run.untrained(strategy)
     for i, experience in enumerate(run.benchmark.train_stream):
         batches = math.ceil(len(experience.dataset) / training.batch_size)
         if isinstance(plugin, ReplayPlugin):
@@ -201,7 +264,7 @@ def run_incremental(
         run.train(strategy, experience)
     # the strategy's model: some begin a new one
     parameters = parameter_count(strategy.model)
-    return Cell(run.matrix, run.seconds, parameters, kept(strategy), untrained_accuracy=untrained)
+    return run.recorder.cell(parameters, kept(strategy), untrained_accuracy=untrained)
 
 
 def _weights(model: nn.Module) -> int:
@@ -252,7 +315,7 @@ def run_gdumb(
         stored = len(plugin.storage_policy.buffer)
         return Memory(model=_weights(strategy.model), examples=stored * stream.bytes_per_example)
 
-    return run_incremental(stream, progress, training, plugin, kept)
+    return run_incremental(stream, progress, training, plugin, kept, within=False)
 
 
 def run_ewc(
@@ -281,7 +344,9 @@ def run_lwf(
     plugin = LwFPlugin(alpha=alpha, temperature=temperature)
 
     def kept(strategy: Any) -> Memory:
-        return Memory(model=_weights(strategy.model), buffers=_weights(plugin.lwf.prev_model))
+        before = plugin.lwf.prev_model
+        old = 0 if before is None else _weights(before)
+        return Memory(model=_weights(strategy.model), buffers=old)
 
     return run_incremental(stream, progress, training, plugin, kept)
 
@@ -361,7 +426,7 @@ def run_joint(
     stream: Stream, seed: int, progress: Progress, training: Training, passes: int
 ) -> Cell:
     """After each experience a new network, trained on everything so far: the upper bound."""
-    run = CellRun(stream, progress)
+    run = CellRun(stream, progress, within=False)
     untrained: list[float] | None = None
     for i in range(stream.num_experiences):
         model = mlp(stream, training.hidden)
@@ -378,9 +443,7 @@ def run_joint(
             plugins=[run.reporter],
             **run.common(),
         )
-        untrained = untrained or run.evaluate(strategy)
+        untrained = untrained or run.untrained(strategy)
         run.train(strategy, experiences)
     memory = Memory(model=_weights(model), examples=count * stream.bytes_per_example)
-    return Cell(
-        run.matrix, run.seconds, parameter_count(model), memory, untrained_accuracy=untrained
-    )
+    return run.recorder.cell(parameter_count(model), memory, untrained_accuracy=untrained)

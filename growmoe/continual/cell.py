@@ -47,8 +47,12 @@ class Cell:
         prequential: [[examples seen, accuracy on the batch before it was learned], …].
         memory_history: [[examples seen, bytes kept], …].
         parameter_history: [[examples seen, parameters], …].
+        seconds_history: [[examples seen, seconds of training], …].
+        flops_history: [[examples seen, prediction_flops], …].
         detections: the examples seen whenever a new domain was noticed.
+        drifts: the examples seen whenever a new domain came, that of the beginning left out.
         routing: counts of test examples, a row for each expert, a column for each domain.
+        class_routing: likewise, a column for each class.
         extras: anything else worth keeping, as JSON.
     """
 
@@ -64,8 +68,12 @@ class Cell:
     prequential: list[list[float]] | None = None
     memory_history: list[list[float]] | None = None
     parameter_history: list[list[float]] | None = None
+    seconds_history: list[list[float]] | None = None
+    flops_history: list[list[float]] | None = None
     detections: list[float] | None = None
+    drifts: list[float] | None = None
     routing: list[list[float]] | None = None
+    class_routing: list[list[float]] | None = None
     extras: dict[str, Any] = field(default_factory=dict)
 
     @property

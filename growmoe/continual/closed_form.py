@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from growmoe.continual.cell import Cell, Memory, tensor_bytes
@@ -35,7 +37,6 @@ ACTS = {
     "prune": ("Prune",),
     "freeze": ("Freeze", "Thaw"),
 }
-_ROUTED = 500  # test images of each experience that show which expert takes what
 
 
 def without(rules: Sequence[Any], *acts: str) -> list[Any]:
@@ -55,7 +56,6 @@ class Grown(Learner):
         num_domains: to begin with.
 
     Attributes:
-        detections: the examples seen whenever a domain was born after the first.
         load: each expert's share of the inputs.
     """
 
@@ -77,15 +77,10 @@ class Grown(Learner):
             num_domains=num_domains,
             seed=seed,
         )
-        self.detections: list[float] = []
         self.load = LoadHistory()
-        self._seen = 0
 
     def learn(self, images: Tensor, labels: Tensor) -> None:
-        self._seen += len(labels)
-        before = self.births
         self.classifier.learn(images, labels)
-        self.detections += [float(self._seen)] * (self.births - before)
         self.load.note(self.classifier)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -100,6 +95,10 @@ class Grown(Learner):
         return self.classifier.num_heads
 
     @property
+    def ready(self) -> bool:
+        return self.classifier.layer is not None
+
+    @property
     def births(self) -> int:
         """Domains that were born after the first."""
         return sum(e.act == "spawn" and e.layer == "domains" for e in self.classifier.lineage)
@@ -111,13 +110,10 @@ class Grown(Learner):
         classifier = self.classifier
         return {"experts": classifier.num_experts, "domains": len(classifier.domains)}
 
-    def routing(self, stream: Stream) -> list[list[float]]:
-        """Test images by the expert that took them (rows) and their experience (columns)."""
-        taken: dict[str, list[float]] = {}
-        for j, index in enumerate(stream.test_index):
-            for name in self.classifier.expert_names(stream.test_images(index[:_ROUTED])):
-                taken.setdefault(name, [0.0] * stream.num_experiences)[j] += 1
-        return [taken[name] for name in sorted(taken)]
+    def shares(self, images: Tensor) -> dict[str, Tensor]:
+        """1 for the expert that decides on an image, by "layer:id"."""
+        names = np.array(self.classifier.expert_names(images))
+        return {name: torch.from_numpy(names == name).float() for name in np.unique(names)}
 
 
 class Head(Learner):
@@ -145,6 +141,10 @@ class Head(Learner):
     def __call__(self, images: Tensor) -> Tensor:
         return self.learner(images)
 
+    @property
+    def ready(self) -> bool:
+        return self.learner.ready
+
     def memory(self, bytes_per_example: int) -> Memory:
         head = self.learner.head
         return Memory(
@@ -167,12 +167,7 @@ def run_growmoe(stream: Stream, seed: int, progress: Progress, batch_size: int, 
 def run_grown(stream: Stream, progress: Progress, learner: Grown, batch_size: int) -> Cell:
     """growmoe or one of its controls."""
     cell = run_learner(stream, progress, learner, Budget(batch_size))
-    return replace(
-        cell,
-        load_history=learner.load.entries,
-        detections=learner.detections,
-        routing=learner.routing(stream),
-    )
+    return replace(cell, load_history=learner.load.entries)
 
 
 def run_ridge(

@@ -97,6 +97,11 @@ class RidgeClassifier:
             self.head.add(x_ND, y_N)
             self._solved = False
 
+    @property
+    def ready(self) -> bool:
+        """Whether its features are fitted; before, a prediction would fit them on fewer images."""
+        return self._intake.fitted
+
     def finish(self) -> None:
         """Bring the weights up to date, as a prediction does."""
         for x_ND, y_N in self._intake.flush():

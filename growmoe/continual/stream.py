@@ -48,12 +48,14 @@ class Batch(NamedTuple):
         labels: int64 [N].
         domains: int64 [N], the true domain of each example: for metrics and oracles alone.
         ends: the experiences whose last example is among these; evaluate after learning them.
+        num_new: how many of them come for the first time.
     """
 
     images: Tensor
     labels: Tensor
     domains: Tensor
     ends: tuple[int, ...]
+    num_new: int
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Stream:
             raise ValueError(
                 f"batch_size and epochs must be positive, got {batch_size} and {epochs}"
             )
-        order = self._order(epochs)
+        order, new = self._order(epochs)
         ends = np.cumsum([len(index) * epochs for index in self.train_index]).tolist()
         for begin in range(0, len(order), batch_size):
             index = order[begin : begin + batch_size]
@@ -158,16 +160,19 @@ class Stream:
                 self.data.train_labels[index],
                 self.train_domain[index],
                 done,
+                int(new[begin : begin + batch_size].sum()),
             )
 
-    def _order(self, epochs: int) -> Tensor:
+    def _order(self, epochs: int) -> tuple[Tensor, Tensor]:
+        """Train positions as they come, and whether each comes for the first time."""
         generator = torch.Generator().manual_seed(self.seed)
-        parts = []
+        parts, new = [], []
         for index in self.train_index:
-            parts.append(index)
-            for _ in range(epochs - 1):
-                parts.append(index[torch.randperm(len(index), generator=generator)])
-        return torch.cat(parts)
+            for epoch in range(epochs):
+                again = torch.randperm(len(index), generator=generator) if epoch else slice(None)
+                parts.append(index[again])
+                new.append(torch.full((len(index),), not epoch))
+        return torch.cat(parts), torch.cat(new)
 
     def restrict(self, scores: Tensor, experience: int) -> Tensor:
         """Scores [N, K] with those of classes out of the question at -inf.

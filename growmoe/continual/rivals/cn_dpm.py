@@ -211,6 +211,21 @@ class CNDPM(Learner):
         ]
         return torch.stack(joint).logsumexp(0)
 
+    @property
+    def births(self) -> int:
+        return max(0, len(self.experts) - 1)
+
+    def shares(self, images: Tensor) -> dict[int, Tensor] | None:
+        """p(k|x), the weights of the predictions."""
+        if self.layer is None:
+            return None
+        x_ND = images.flatten(1)
+        joint = [
+            math.log(n) + e.eval().log_evidence(x_ND)
+            for n, e in zip(self.counts, self.experts, strict=True)
+        ]
+        return dict(zip(self.layer.experts, torch.stack(joint).softmax(0), strict=True))
+
     def memory(self, bytes_per_example: int) -> Memory:
         return Memory(
             model=4 * self.num_parameters,

@@ -126,6 +126,13 @@ class DynMoE(Learner):
         self.net.eval()
         return self.net(images)
 
+    @property
+    def births(self) -> int:
+        return sum(event.act == "spawn" for event in self.net.layer.lineage)
+
+    def shares(self, images: Tensor) -> dict[int, Tensor]:
+        return self.net.shares(images)
+
     def memory(self, bytes_per_example: int) -> Memory:
         return Memory(model=4 * self.num_parameters, statistics=4 * self._sum.numel())
 

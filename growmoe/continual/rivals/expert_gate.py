@@ -115,6 +115,10 @@ class ExpertGate(TaskLearner):
             scores[chosen == k] = self.experts[k](images[chosen == k])
         return scores
 
+    def shares(self, images: Tensor) -> dict[int, Tensor]:
+        chosen = self.choose(images)
+        return {k: (chosen == k).float() for k in range(len(self.experts))}
+
     def memory(self, bytes_per_example: int) -> Memory:
         return Memory(model=4 * self.num_parameters)
 

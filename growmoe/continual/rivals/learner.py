@@ -8,22 +8,21 @@ is of: what a method claims not to need never reaches it.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from growmoe.continual.cell import Cell, Memory, tensor_bytes
+from growmoe.continual.intake import Intake
+from growmoe.continual.record import Recorder, Subject
 from growmoe.continual.stream import Batch, Stream
 
 Progress = Callable[[float, str], None]
 BOUNDARIES, TASK_LABELS, EXAMPLES = "boundaries", "task labels", "examples"
 ORACLE = "true domains"
-_EVAL_BATCH = 1000
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,21 @@ class Learner:
         """Learned numbers that a prediction uses."""
         raise TypeError(f"{type(self).__name__} must define num_parameters")
 
+    @property
+    def ready(self) -> bool:
+        """Whether it can answer; not while the first images wait for its features."""
+        intake: Intake | None = getattr(self, "_intake", None)
+        return intake is None or intake.fitted
+
+    @property
+    def births(self) -> int | None:
+        """How many new domains it has noticed, for a method that looks for them."""
+        return None
+
+    def shares(self, images: Tensor) -> Mapping[Any, Tensor] | None:
+        """The share of each image that each expert takes, by id, for a mixture: float32 [N]."""
+        return None
+
     def lineage(self) -> list[dict[str, Any]] | None:
         """What was born, merged, frozen and removed, for a method that grows."""
         return None
@@ -137,7 +151,14 @@ def run_learner(stream: Stream, progress: Progress, learner: Learner, budget: Bu
     and the next begin. A method that is told the experience of a test image is asked about one that
     it has not met as if it were of the newest.
     """
-    run = _Run(stream, progress, learner)
+    recorder = Recorder(stream, _subject(stream, learner))
+    total = stream.num_experiences
+
+    def tell(done: float) -> None:
+        """So many experiences are done."""
+        text = f"experience {min(int(done) + 1, total)} of {total}"
+        progress(min(1.0, done / total), text)
+
     if isinstance(learner, TaskLearner):
         for i, index in enumerate(stream.train_index):
             experience = Experience(
@@ -145,85 +166,49 @@ def run_learner(stream: Stream, progress: Progress, learner: Learner, budget: Bu
                 stream.data.train_labels[index],
                 budget.batch_size,
                 budget.passes(len(index)),
-                lambda fraction, i=i: run.tell(i + fraction),  # type: ignore[misc]
+                lambda fraction, i=i: tell(i + fraction),  # type: ignore[misc]
             )
-            begin = time.perf_counter()
-            learner.learn_experience(experience)
-            run.seconds += time.perf_counter() - begin
-            run.test()
+            with recorder.learning():
+                learner.learn_experience(experience)
+            recorder.after(len(index))
+            recorder.test()
     else:
         epochs = budget.passes(min(map(len, stream.train_index)))
-        total = math.ceil(stream.num_examples * epochs / budget.batch_size)
+        steps = math.ceil(stream.num_examples * epochs / budget.batch_size)
         for step, batch in enumerate(stream.batches(budget.batch_size, epochs)):
-            begin = time.perf_counter()
-            if isinstance(learner, OracleLearner):
-                learner.learn_batch(batch)
-            else:
-                learner.learn(batch.images, batch.labels)
-            run.seconds += time.perf_counter() - begin
+            if batch.num_new:
+                recorder.before()
+            with recorder.learning():
+                if isinstance(learner, OracleLearner):
+                    learner.learn_batch(batch)
+                else:
+                    learner.learn(batch.images, batch.labels)
+            recorder.after(batch.num_new)
             if step % 10 == 0:
-                run.tell(step / total * stream.num_experiences)
+                tell(step / steps * total)
             for _ in batch.ends:
-                run.test()
-    return Cell(
-        run.matrix,
-        run.seconds,
+                recorder.test()
+    return recorder.cell(
         learner.num_parameters,
         learner.memory(stream.bytes_per_example),
         lineage=learner.lineage(),
-        anytime=run.anytime,
-        memory_history=run.memory,
-        parameter_history=run.parameters,
         extras=learner.extras(),
     )
 
 
-class _Run:
-    """A cell under way: what was measured at the end of each experience so far."""
+def _subject(stream: Stream, learner: Learner) -> Subject:
+    def scores(images: Tensor, task: int) -> Tensor:
+        if TASK_LABELS in learner.needs and isinstance(learner, TaskLearner):
+            return learner.of_task(images, task)
+        return learner(images)
 
-    def __init__(self, stream: Stream, progress: Progress, learner: Learner) -> None:
-        self.stream, self.progress, self.learner = stream, progress, learner
-        self.seconds = 0.0
-        self.matrix: list[list[float]] = []
-        self.anytime: list[list[float]] = []
-        self.memory: list[list[float]] = []
-        self.parameters: list[list[float]] = []
-
-    def tell(self, done: float) -> None:
-        """So many experiences are done."""
-        total = self.stream.num_experiences
-        where = min(int(done) + 1, total)
-        self.progress(min(1.0, done / total), f"experience {where} of {total}")
-
-    def test(self) -> None:
-        """The next row of the matrix, and what is kept by now."""
-        i, stream, learner = len(self.matrix), self.stream, self.learner
-        counts = stream.test_counts
-        row = [
-            accuracy(stream, j, partial(self._scores, task=min(i, j)))
-            for j in range(stream.num_experiences)
-        ]
-        seen = sum(len(index) for index in stream.train_index[: i + 1])
-        mean = sum(r * n for r, n in zip(row, counts, strict=True)) / sum(counts)
-        self.matrix.append(row)
-        self.anytime.append([seen, mean])
-        self.memory.append([seen, learner.memory(stream.bytes_per_example).total])
-        self.parameters.append([seen, learner.num_parameters])
-
-    def _scores(self, images: Tensor, task: int) -> Tensor:
-        if TASK_LABELS in self.learner.needs and isinstance(self.learner, TaskLearner):
-            return self.learner.of_task(images, task)
-        return self.learner(images)
-
-
-@torch.no_grad()
-def accuracy(stream: Stream, experience: int, scores: Callable[[Tensor], Tensor]) -> float:
-    """The share of an experience's test images whose highest score is that of their class."""
-    correct, index = 0, stream.test_index[experience]
-    for part in index.split(_EVAL_BATCH):
-        answers = stream.restrict(scores(stream.test_images(part)), experience).argmax(1)
-        correct += int((answers == stream.data.test_labels[part]).sum())
-    return correct / len(index)
+    return Subject(
+        scores,
+        size=lambda: (learner.num_parameters, learner.memory(stream.bytes_per_example).total),
+        ready=lambda: learner.ready,
+        shares=learner.shares,
+        births=lambda: learner.births,
+    )
 
 
 def held_bytes(thing: object) -> int:

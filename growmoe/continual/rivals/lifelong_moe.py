@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from growmoe import surgery
 from growmoe.continual.cell import Memory, tensor_bytes
+from growmoe.continual.record import mixture_shares
 from growmoe.continual.rivals.learner import BOUNDARIES, Experience, TaskLearner
 from growmoe.experts.ffn import FFN
 from growmoe.moe import MoE, aux_loss
@@ -46,6 +47,10 @@ class MixtureNet(nn.Module):
         """Scores, [N, classes]."""
         h = F.relu(self.dense(images.flatten(1)))
         return self.head(F.relu(h + self.layer(h)))
+
+    def shares(self, images: Tensor) -> dict[int, Tensor]:
+        """The share of each image that each expert takes, by id."""
+        return mixture_shares(self.layer, F.relu(self.dense(images.flatten(1))))
 
 
 class LifelongMoE(TaskLearner):
@@ -122,6 +127,9 @@ class LifelongMoE(TaskLearner):
     def __call__(self, images: Tensor) -> Tensor:
         self.net.eval()
         return self.net(images)
+
+    def shares(self, images: Tensor) -> dict[int, Tensor]:
+        return self.net.shares(images)
 
     def memory(self, bytes_per_example: int) -> Memory:
         before = () if self.before is None else self.before.parameters()

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from growmoe import surgery
 from growmoe.continual.cell import Memory, tensor_bytes
 from growmoe.continual.intake import Features, Intake
+from growmoe.continual.record import mixture_shares
 from growmoe.continual.rivals.learner import Learner
 from growmoe.moe import MoE
 from growmoe.routers import Dense
@@ -170,6 +171,13 @@ class SEMA(Learner):
         self.layer.eval()
         x_ND = self.features(images) / self._scale
         return self.head(x_ND + self.layer(x_ND))
+
+    @property
+    def births(self) -> int:
+        return len(self.adapters) - 1
+
+    def shares(self, images: Tensor) -> dict[int, Tensor]:
+        return mixture_shares(self.layer, self.features(images) / self._scale)
 
     def memory(self, bytes_per_example: int) -> Memory:
         return Memory(
