@@ -33,7 +33,7 @@ from growmoe.rules import (
     ThawOnNovelty,
 )
 
-WINDOW = 4  # batches whose novel inputs wait for a decision
+WINDOW = 256  # inputs, of which the novel ones wait for a decision
 
 
 def default_rules() -> list[Rule]:
@@ -54,9 +54,9 @@ class GrowingClassifier(nn.Module):
     order; calling the model predicts, at any time, without label or domain. Save it whole, by
     `torch.save` or pickle: its features are no tensors of a state dict.
 
-    Until a decision, what is novel is learned by the domain that explains it best; the novel inputs
-    of the last four batches wait beside, and are taken back and given to the newborn if there is
-    one. They count as memory.
+    Until a decision, what is novel is learned by the domain that explains it best; the novel ones
+    of the last 256 inputs wait beside, and are taken back and given to the newborn if there is one.
+    They count as memory.
 
     Args:
         features: fitted on the first `early` images, which wait until then.
@@ -104,9 +104,9 @@ class GrowingClassifier(nn.Module):
         self._view = View(features)
         self._intake = Intake(self._view, early, seed)
         self._entered: int | None = None
-        # (batch, what was usual before it, inputs, labels, where they went)
+        # (inputs before them, what was usual then, inputs, labels, where they went)
         self._novel: list[tuple[int, dict[int, Tensor], Tensor, Tensor, Tensor]] = []
-        self._most_waiting = 0
+        self._learned = self._most_waiting = 0
 
     def learn(self, images: Tensor, labels: Tensor) -> list[Event]:
         """Take in a labelled batch once.
@@ -299,8 +299,8 @@ class GrowingClassifier(nn.Module):
         novel_N: Tensor | None,
     ) -> None:
         """Novel inputs wait for some batches, in case they are the first of a new domain."""
-        assert self.organizer is not None
-        now = self.organizer.steps
+        now = self._learned
+        self._learned += len(labels)
         self._novel = [held for held in self._novel if now - held[0] < WINDOW]
         if novel_N is not None and novel_N.any():
             self._novel.append((now, usual, x_NI[novel_N], labels[novel_N], where_N[novel_N]))

@@ -28,7 +28,8 @@ class DomainGate(Router):
     shares of the recent inputs are found by EM, with the running shares as a prior, and an input
     goes to the domain with the largest share · likelihood. So one change in the middle of a batch,
     a gradual one and a return are the same to it. What lies further than `novel` from every domain
-    is novel (`growmoe.signals`), unless a newborn domain is there to take it.
+    is novel, unless a newborn domain is there to take it: a sixteenth of what a domain knows, and
+    half or more of what is new. `growmoe.signals` keeps the share among the last 512 or so.
 
     To predict, W = (Σ_d M_d + r I)⁻¹ Σ_d Σ_c s_dc e_dcᵀ: ridge regression onto pairs of domain and
     label over everything all domains have seen; an input goes to the domain of its best pair. It
