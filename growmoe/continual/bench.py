@@ -1,13 +1,9 @@
-"""Runs methods times seeds on one stream, resumably, and sums up what came out."""
+"""Runs methods times seeds on one stream, resumably, and writes what came out."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
-import math
-import os
-import platform
 import random
 import time
 import traceback
@@ -23,9 +19,11 @@ import numpy as np
 import torch
 
 from growmoe.continual import metrics, store, streams, table
+from growmoe.continual.environment import hardware, versions
 from growmoe.continual.methods import Method
 from growmoe.continual.parallel import run_parallel
 from growmoe.continual.streams import Stream
+from growmoe.continual.summary import summarize
 
 LoadStream = Callable[[str, int, "str | Path | None"], Stream]
 
@@ -261,137 +259,6 @@ def _cell_conditions(seed: int) -> Iterator[None]:
     finally:
         logger.setLevel(level)
         torch.set_num_threads(threads)
-
-
-def versions() -> dict[str, str]:
-    """The versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("growmoe", "torch", "numpy", "avalanche-lib", "scikit-learn"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def hardware() -> dict[str, Any]:
-    """What the seconds were measured on."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-                break
-    return {"processor": processor, "cores": os.cpu_count(), "threads_used": 1, "device": "cpu"}
-
-
-def _mean_ci95(values: Sequence[float]) -> dict[str, float | None]:
-    mean, half = metrics.mean_ci95(values)
-    return {
-        "mean": None if math.isnan(mean) else mean,
-        "ci95": None if math.isnan(half) else half,
-    }
-
-
-# (the field of a cell that may be missing, its name in the summary): the number it comes to
-_OPTIONAL: dict[tuple[str, str], Callable[[Any], float]] = {
-    ("prediction_flops", "prediction_flops"): float,
-    ("anytime", "anytime_accuracy"): metrics.curve_mean,
-    ("prequential", "prequential_accuracy"): metrics.curve_mean,
-    ("memory_history", "peak_memory_bytes"): lambda curve: max(size for _, size in curve),
-    ("routing", "specialisation"): metrics.mutual_information,
-}
-
-
-def summarize(
-    records: Sequence[dict[str, Any]], order: Sequence[str] = (), command: str = ""
-) -> dict[str, Any]:
-    """The content of results.json from the cells of one stream.
-
-    Args:
-        records: cells, as `store.read_cells` gives them; at least none.
-        order: the methods to name first.
-        command: what was run.
-    """
-    names = {record["method"] for record in records}
-    ordered = [name for name in order if name in names]
-    ordered += sorted(names - set(ordered))
-    summary: dict[str, Any] = {
-        "stream": records[0]["stream"] if records else None,
-        "versions": versions(),
-        "command": command,
-        "hardware": hardware(),
-        "methods": {},
-    }
-    for name in ordered:
-        cells = [record for record in records if record["method"] == name]
-        pairs = [(cell["accuracy_matrix"], cell["test_counts"]) for cell in cells]
-        entry: dict[str, Any] = {
-            "settings": cells[0]["settings"],
-            "needs": cells[0].get("needs", []),
-            "seeds": [
-                {k: v for k, v in cell.items() if k not in ("lineage", "load_history", "settings")}
-                for cell in cells
-            ],
-        }
-        for weighted in (metrics.final_accuracy, metrics.average_incremental_accuracy):
-            entry[weighted.__name__] = _mean_ci95([weighted(r, n) for r, n in pairs])
-        for metric in (metrics.forgetting, metrics.backward_transfer, metrics.learning_accuracy):
-            entry[metric.__name__] = _mean_ci95([metric(r) for r, _ in pairs])
-        if all(cell["untrained_accuracy"] for cell in cells):
-            entry["forward_transfer"] = _mean_ci95(
-                [
-                    metrics.forward_transfer(cell["accuracy_matrix"], cell["untrained_accuracy"])
-                    for cell in cells
-                ]
-            )
-        for quantity in ("parameters", "memory_bytes", "seconds"):
-            entry[quantity] = _mean_ci95([cell[quantity] for cell in cells])
-        for (field_name, quantity), value in _OPTIONAL.items():
-            # cells of an earlier version have no such field
-            if all(cell.get(field_name) is not None for cell in cells):
-                entry[quantity] = _mean_ci95([value(cell[field_name]) for cell in cells])
-        summary["methods"][name] = entry
-    summary["comparison"] = compare(summary["methods"])
-    return summary
-
-
-def compare(methods: Mapping[str, Any], own: str = "growmoe") -> dict[str, Any] | None:
-    """Paired tests of our method against each other, and which of them is the best rival.
-
-    For each rival, over the seeds that both have: the mean difference in final accuracy, the
-    two-sided p of Student's paired t-test, and of Wilcoxon's signed-rank test, which assumes no
-    normal distribution but cannot go below 0.06 with five seeds. None where a test says nothing
-    (fewer than two seeds, no difference at all).
-
-    Args:
-        methods: as in results.json.
-        own: the method that is compared; None comes back if it is not among them.
-    """
-    if own not in methods:
-        return None
-
-    def finals(entry: Mapping[str, Any]) -> dict[int, float]:
-        return {
-            cell["seed"]: metrics.final_accuracy(cell["accuracy_matrix"], cell["test_counts"])
-            for cell in entry["seeds"]
-        }
-
-    ours = finals(methods[own])
-    rivals: dict[str, dict[str, Any]] = {}
-    for name, entry in methods.items():
-        if name == own:
-            continue
-        theirs = finals(entry)
-        shared = sorted(ours.keys() & theirs.keys())
-        if shared:
-            pairs = [(ours[seed], theirs[seed]) for seed in shared]
-            rivals[name] = metrics.paired_test(*zip(*pairs, strict=True))
-    # joint training sees everything at once: a bound, no rival
-    allowed = {name: test for name, test in rivals.items() if name != "joint"}
-    best = min(allowed, key=lambda name: allowed[name]["difference"], default=None)
-    return {"method": own, "best_rival": best, "rivals": rivals}
 
 
 def write_results(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from growmoe.continual import require
@@ -22,13 +23,36 @@ _COLUMNS = {
     "seconds": "sec",
     "needs": "",
 }
+# the second table, of what was measured on the way: the quantity in results.json, its names for the
+# file and the terminal, and what one of it is
+_ON_THE_WAY = {
+    "anytime_accuracy": ("any-time accuracy", "any-time", 0.01),
+    "prequential_accuracy": ("prequential accuracy", "prequent", 0.01),
+    "prediction_flops": ("MFLOPs per prediction", "MFLOPs", 1e6),
+    "peak_memory_bytes": ("peak memory (MB)", "peak MB", 1e6),
+    "specialisation": ("specialisation by domain", "domains", 0.01),
+    "class_specialisation": ("by class", "", 0.01),
+    "drifts_found": ("drifts found", "found", 1),
+    "detection_delay": ("delay (examples)", "delay", 1),
+    "drifts_false_alarms": ("false alarms", "false", 1),
+}
 
 
-def _percent(value: Mapping[str, float | None]) -> str:
-    if value["mean"] is None:
+@dataclass(frozen=True)
+class _Table:
+    """Names of columns for the file, for the terminal ("" to leave one out), rows, and a note."""
+
+    columns: Sequence[str]
+    short: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str
+
+
+def _percent(value: Mapping[str, float | None] | None, unit: float = 0.01) -> str:
+    if value is None or value["mean"] is None:
         return "–"
-    text = f"{100 * value['mean']:.1f}"
-    return text if value["ci95"] is None else f"{text} ± {100 * value['ci95']:.1f}"
+    text = f"{value['mean'] / unit:.1f}"
+    return text if value["ci95"] is None else f"{text} ± {value['ci95'] / unit:.1f}"
 
 
 def _count(number: float) -> str:
@@ -69,25 +93,65 @@ def _note(results: Mapping[str, Any]) -> str:
     )
 
 
+def _tables(results: Mapping[str, Any]) -> list[_Table]:
+    """The main table, and one of what was measured on the way where anything was."""
+    main = _Table(list(_COLUMNS), list(_COLUMNS.values()), _rows(results), _note(results))
+    entries = results["methods"].values()
+    shown = [key for key in _ON_THE_WAY if any(key in entry for entry in entries)]
+    if not shown:
+        return [main]
+    rows = [
+        [name, *(_percent(entry.get(key), _ON_THE_WAY[key][2]) for key in shown)]
+        for name, entry in results["methods"].items()
+        if any(key in entry for key in shown)
+    ]
+    note = (
+        "While the stream went on: any-time accuracy is on all tests and prequential accuracy on "
+        "examples before they are learned, both in percent and averaged over the stream; a method "
+        "that waits has none right, and one that learns whole experiences is not asked on the way."
+    )
+    if {"specialisation", "class_specialisation"} & set(shown):
+        note += (
+            " Specialisation is what the expert says of the domain or the class, in percent of all "
+            "there is to say (mutual information over entropy)."
+        )
+    if "drifts_found" in shown:
+        drifts = max(
+            (e["drifts_found"]["mean"] + e["drifts_missed"]["mean"])
+            for e in entries
+            if "drifts_found" in e
+        )
+        note += (
+            f" Of {drifts:.0f} new domains, those found by the birth of an expert, after how many "
+            "examples, and births without one."
+        )
+    names = [_ON_THE_WAY[key] for key in shown]
+    return [
+        main,
+        _Table(["method", *(n[0] for n in names)], ["method", *(n[1] for n in names)], rows, note),
+    ]
+
+
 def markdown_table(results: Mapping[str, Any]) -> str:
-    """The table of `results` (the content of results.json) as Markdown."""
-    rows = [list(_COLUMNS), *_rows(results)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    """The tables of `results` (the content of results.json) as Markdown."""
+    blocks = [f"# {results['stream']}"]
+    for table in _tables(results):
+        rows = [table.columns, *table.rows]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(table.columns))]
+        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
 
-    def line(row: list[str]) -> str:
-        cells = [
-            row[0].ljust(widths[0]),
-            *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
-        ]
-        return "| " + " | ".join(cells) + " |"
+        def line(row: Sequence[str], widths: Sequence[int] = widths) -> str:
+            cells = [
+                row[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+            ]
+            return "| " + " | ".join(cells) + " |"
 
-    lines = [line(rows[0]), line(rule), *(line(row) for row in rows[1:])]
-    title = f"# {results['stream']}"
-    notes = [_note(results)]
+        blocks += ["\n".join([line(rows[0]), line(rule), *(line(row) for row in rows[1:])])]
+        blocks += [table.note]
     if compared := comparison_note(results):
-        notes += ["", compared]
-    return "\n".join([title, "", *lines, "", *notes, ""])
+        blocks.insert(3, compared)
+    return "\n\n".join(blocks) + "\n"
 
 
 def comparison_note(results: Mapping[str, Any]) -> str:
@@ -108,17 +172,18 @@ _LATEX = str.maketrans({c: f"\\{c}" for c in "_%&#$"})
 
 
 def latex_table(results: Mapping[str, Any]) -> str:
-    """The table of `results` as a LaTeX tabular that needs booktabs; the best are not marked."""
+    """The tables of `results` as LaTeX tabulars that need booktabs; the best are not marked."""
 
-    def line(row: list[str]) -> str:
+    def line(row: Sequence[str]) -> str:
         cells = [c.translate(_LATEX).replace("±", r"$\pm$").replace("–", "--") for c in row]
         return " & ".join(cells) + r" \\"
 
-    head, rows = line(list(_COLUMNS)), [line(row) for row in _rows(results)]
-    columns = "l" + "r" * (len(_COLUMNS) - 1)
-    begin = [f"% {results['stream']}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
-    end = [r"\bottomrule", r"\end{tabular}", ""]
-    return "\n".join([*begin, head, r"\midrule", *rows, *end])
+    lines = [f"% {results['stream']}"]
+    for table in _tables(results):
+        columns = "l" + "r" * (len(table.columns) - 1)
+        lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(table.columns)]
+        lines += [r"\midrule", *map(line, table.rows), r"\bottomrule", r"\end{tabular}", ""]
+    return "\n".join(lines)
 
 
 def csv_table(results: Mapping[str, Any]) -> str:
@@ -134,28 +199,35 @@ def csv_table(results: Mapping[str, Any]) -> str:
     return file.getvalue()
 
 
+def _shorter(text: str, column: str) -> str:
+    """Only accuracies keep their interval in a narrow second table."""
+    bare = column in {short for _, short, unit in _ON_THE_WAY.values() if unit != 0.01}
+    return text.partition(" ± ")[0] if bare or column == "domains" else text.replace(" ± ", "±")
+
+
 def print_table(results: Mapping[str, Any], console: Any = None) -> None:
-    """Print the table of `results` to a rich console, by default one on standard output.
+    """Print the tables of `results` to a rich console, by default one on standard output.
 
     Raises:
         ImportError: rich is not installed.
     """
     box, rich_table = require("rich.box"), require("rich.table")
     console = console or require("rich.console").Console()
-    drawn = rich_table.Table(
-        title=results["stream"],
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    shown = [i for i, short in enumerate(_COLUMNS.values()) if short]
-    for i in shown:
-        short = list(_COLUMNS.values())[i]
-        drawn.add_column(short, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in _rows(results):
-        drawn.add_row(*(row[i].replace(" ± ", "±") for i in shown))
-    console.print(drawn)
-    console.print(_note(results), style="dim", highlight=False)
+    for table in _tables(results):
+        drawn = rich_table.Table(
+            title=results["stream"],
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
+        )
+        shown = [i for i, short in enumerate(table.short) if short]
+        for i in shown:
+            justify = "left" if i == 0 else "right"
+            drawn.add_column(table.short[i], justify=justify, no_wrap=True)
+        for row in table.rows:
+            drawn.add_row(*(_shorter(row[i], table.short[i]) for i in shown))
+        console.print(drawn)
+        console.print(table.note, style="dim", highlight=False)
     if compared := comparison_note(results):
         console.print(compared, highlight=False)
