@@ -87,8 +87,8 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def require(module: str) -> ModuleType:
-    """Import `module`, an optional dependency of the bench.
+def require(module: str, extra: str = "continual") -> ModuleType:
+    """Import `module`, an optional dependency of the bench that comes with `extra`.
 
     Avalanche warns about its own deprecations and its optional parts while it is imported; those
     warnings are of no use to a reader of our output and are silenced.
@@ -103,5 +103,5 @@ def require(module: str) -> ModuleType:
     except ModuleNotFoundError as error:
         raise ImportError(
             f"growmoe's continual-learning bench needs {error.name}, which is not installed: "
-            "pip install 'growmoe[continual]'"
+            f"pip install 'growmoe[{extra}]'"
         ) from error

@@ -23,6 +23,7 @@ from growmoe.continual.data.folders import read_folders
 from growmoe.continual.data.glyphs import SCRIPTS, read_glyphs
 from growmoe.continual.data.idx import DataError
 from growmoe.continual.data.mnist import read_fashion_mnist, read_mnist, read_mnist_5000
+from growmoe.continual.data.tables import reader
 from growmoe.continual.scenarios import (
     Domains,
     arrange,
@@ -123,7 +124,9 @@ _IMAGES: dict[str, tuple[Read, int, str]] = {
 }
 
 
-def _in_turn(read: Callable[[Path | None], list[Data]], description: str) -> StreamSource:
+def _in_turn(
+    read: Callable[[Path | None], list[Data]], description: str, scenario: str = "class"
+) -> StreamSource:
     def domains(data_dir: Path | None, seed: int, options: Options) -> Domains:
         parts = read(data_dir)
         count = options.experiences or len(parts)
@@ -131,7 +134,7 @@ def _in_turn(read: Callable[[Path | None], list[Data]], description: str) -> Str
             raise ValueError(f"there are {len(parts)} data sets, not {count}")
         return in_turn(parts[:count], seed)
 
-    return StreamSource(description, domains, Options(scenario="class", drift="sharp"))
+    return StreamSource(description, domains, Options(scenario=scenario, drift="sharp"))
 
 
 def _four_sets(data_dir: Path | None) -> list[Data]:
@@ -164,6 +167,9 @@ STREAMS: dict[str, StreamSource] = {
     "split-folders": _split(read_folders, 5, "your DIR/train/CLASS/*.png and DIR/test/..."),
     "glyphs": _in_turn(read_glyphs, "ten letters each of ten scripts, 6,000 + 2,000"),
     "data-sets": _in_turn(_four_sets, "digits, MNIST, Fashion-MNIST, glyphs in turn"),
+    "tabular-sea": _in_turn(reader("sea"), "river's SEA, 4 concepts of 3 numbers", "domain"),
+    "tabular-agrawal": _in_turn(reader("agrawal"), "river's loans, 5 concepts of 9", "domain"),
+    "tabular-stagger": _in_turn(reader("stagger"), "river's STAGGER, 3 concepts", "domain"),
 }
 
 

@@ -37,7 +37,7 @@ def _detection(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """How well the drifts were found, for a method that looks for new domains."""
     if any(cell.get("detections") is None or cell.get("drifts") is None for cell in cells):
         return {}
-    found = [
+    found: list[dict[str, Any]] = [
         metrics.drift_detection(cell["detections"], cell["drifts"], cell["anytime"][-1][0])
         for cell in cells
     ]
