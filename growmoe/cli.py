@@ -123,8 +123,16 @@ def bench(
             place = (output or Path("runs") / suite) / folder
         else:
             place = output or Path("runs") / folder
-        outcome = _bench_one(name, chosen, range(first_seed, first_seed + seeds), place,
-                             data_dir, workers)  # fmt: skip
+        try:
+            outcome = _bench_one(name, chosen, range(first_seed, first_seed + seeds), place,
+                                 data_dir, workers)  # fmt: skip
+        except (DataError, ImportError) as error:
+            if not suite:
+                raise
+            # the other tables do not need this data
+            print(f"growmoe: {name} was not run: {error}", file=sys.stderr)
+            failed = True
+            continue
         tables[name] = outcome.results
         failed = failed or bool(outcome.failures)
     if suite:
