@@ -3,15 +3,12 @@
 Three byte-level language models (32 experts, k 2, two layers, three domains) are trained by
 `growmoe train-lm`; then every criterion and merge removes 12.5, 25, 30 and 50% of the experts,
 with random choices as the null. Training text calibrates, validation text selects, test text
-measures; one domain (cpp) is left out of the calibration in a second arm.
+measures; one domain (cpp) is left out of the calibration in a second arm. What training after the
+cut brings back is in pruning_recovery.py.
 
     for s in 0 1 2; do growmoe train-lm --d-model 64 --hidden 64 --heads 4 --experts 32 \\
         --batch-size 32 --steps 1500 --seed $s --output runs/seed$s; done
     python benchmarks/pruning.py cut runs/seed0 runs/seed1 runs/seed2
-    python benchmarks/pruning.py recover400 runs/seed0 runs/seed1 runs/seed2
-    python benchmarks/pruning.py recover1500 runs/seed0 runs/seed1 runs/seed2
-    for s in 0 1 2; do growmoe train-lm … --experts 22 --seed $s --output runs/small$s; done
-    python benchmarks/pruning.py scratch runs/small0 runs/small1 runs/small2
     python benchmarks/pruning.py tables
 """
 
@@ -19,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -28,25 +26,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from growmoe import moe_layers
 from growmoe.compress import layers_of, losses, merge, next_token_loss, prune
 from growmoe.compress.calibrate import collect
 from growmoe.compress.choose import SHORTLIST, Evidence, saliencies
 from growmoe.compress.criteria import super_experts
-from growmoe.compress.least_squares import match_outputs, mixtures
 from growmoe.compress.measure import interval
-from growmoe.compress.recovery import recover
 from growmoe.compress.runs import LoadedRun, load_run
 from growmoe.compress.search import search
-from growmoe.lm import batch, load_domains
+from growmoe.lm import load_domains
 from growmoe.lm.data import windows
 from growmoe.lm.domains import Domain
 
 RESULTS = Path(__file__).parent / "results" / "pruning"
 RATIOS = (0.125, 0.25, 0.3, 0.5)
 CALIBRATION, SELECTION, TEST = 64, 24, 64  # windows of each domain
-RECOVERY_TEST = 96
-TAKEN = {400: (2, 3), 1500: (2,)}  # steps of recovery -> experts per token
 HELD_OUT = "cpp"
 RANDOM_DRAWS = 3
 
@@ -162,71 +155,6 @@ def one_shot(folder: Path) -> dict[str, Any]:
     return result
 
 
-def recovered(folder: Path, steps: int) -> dict[str, Any]:
-    """30% pruned by REAP with least squares, then trained, beside the whole model trained as long.
-
-    With as many experts per token as before, and with more, which costs more arithmetic per token
-    and no memory. What the result file has is not trained again.
-    """
-    run = load_run(folder)
-    config = run.config
-    domains = load_domains(config.domains, config.bytes_per_domain)
-    test = cut_windows(domains, "test", RECOVERY_TEST)
-    calibration = joined(cut_windows(domains, "train", 128))
-
-    def batches(step: int) -> Tensor:
-        x_BS, y_BS, _ = batch(domains, None, config.steps + step, config.seed, 32, 128)
-        return torch.cat([x_BS, y_BS[:, -1:]], 1)
-
-    path = RESULTS / f"recover-{steps}-seed{config.seed}.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    found: dict[str, Any] = before.get("losses", {"whole": measured(run.model, test)})
-    seconds: dict[str, float] = before.get("cpu_seconds", {})
-    for name, k in (("control", 2), *((f"pruned, k {k}", k) for k in TAKEN[steps])):
-        if name in found:
-            continue
-        model, clock = copy.deepcopy(run.model), time.process_time()
-        teacher = None if name == "control" else run.model
-        if teacher is not None:
-            model = with_k(model, k)
-            prune(model, calibration, ratio=0.3, saliency="reap")
-            layers = layers_of(model)
-            target = mixtures(run.model, layers_of(run.model), calibration, next_token_loss)
-            match_outputs(model, layers, target, calibration, next_token_loss)
-            seconds["cut, " + name] = round(time.process_time() - clock, 1)
-            found[name + ", not recovered"] = measured(model, test)
-            clock = time.process_time()
-        recover(model, batches, steps, lr=2e-3, teacher=teacher, anneal=steps > 400)
-        seconds[name] = round(time.process_time() - clock, 1)
-        found[name] = measured(model, test)
-        print(folder.name, "recovery", name, flush=True)
-    return {
-        "seed": config.seed,
-        "pretraining_steps": config.steps,
-        "steps": steps,
-        "losses": found,
-        "cpu_seconds": seconds,
-    }
-
-
-def from_scratch(folder: Path) -> dict[str, Any]:
-    """What a model costs that was pretrained as long with 30% fewer experts from the start."""
-    run = load_run(folder)
-    domains = load_domains(run.config.domains, run.config.bytes_per_domain)
-    test = cut_windows(domains, "test", RECOVERY_TEST)
-    return {
-        "seed": run.config.seed,
-        "experts": run.config.experts,
-        "losses": measured(run.model, test),
-    }
-
-
-def with_k(model: nn.Module, k: int) -> nn.Module:
-    for layer in moe_layers(model).values():
-        layer.router.k = k  # type: ignore[assignment]
-    return model
-
-
 def change(before: dict[str, list[float]], after: dict[str, list[float]]) -> Tensor:
     """Paired differences of all test windows, domains weighing the same."""
     return torch.cat([torch.tensor(after[n]) - torch.tensor(before[n]) for n in before]).double()
@@ -277,8 +205,7 @@ def tables() -> None:
         key = "random 0" if name == "random" else name
         spent = sum(s[arm][key]["0.3"]["cpu_seconds"] for s in seeds) / len(seeds)
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {spent:.1f} |")
-    lines += ["", *_against(seeds, arm), "", *_held_out(seeds), "", *_recovery()]
-    lines += ["", *_from_scratch()]
+    lines += ["", *_against(seeds, arm), "", *_held_out(seeds)]
     (RESULTS / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _plot(curves)
 
@@ -288,22 +215,32 @@ def _against(seeds: list[dict[str, Any]], arm: str) -> list[str]:
     best = "reap + least squares"
     lines = [
         f"{best} minus another, paired over test windows, with the 95% interval of each",
-        "seed over its windows, and that of the mean over seeds:",
+        "seed over its windows; the mean over seeds; and its rise as a share of the other's,",
+        "geometric mean of seeds. Both with the 95% interval over seeds.",
         "",
-        "| against | removed | " + " | ".join(f"seed {s['seed']}" for s in seeds) + " | seeds |",
-        "|---|---:|" + "---:|" * (len(seeds) + 1),
+        "| against | removed | "
+        + " | ".join(f"seed {s['seed']}" for s in seeds)
+        + " | mean | share of its rise |",
+        "|---|---:|" + "---:|" * (len(seeds) + 2),
     ]
     rivals = ("reap", "leave-one-out", "leave-one-out + least squares", "random + least squares")
     for rival in rivals:
         for ratio in ("0.25", "0.3", "0.5"):
-            cells, means = [], []
+            cells, means, shares = [], [], []
             for s in seeds:
+                theirs, ours = (
+                    float(change(s["whole"], s[arm][name][ratio]["losses"]).mean())
+                    for name in (rival, best)
+                )
+                shares.append(math.log(ours / theirs))
                 rise = change(s[arm][rival][ratio]["losses"], s[arm][best][ratio]["losses"])
                 mean, low, high = interval(rise)
                 means.append(mean)
                 cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
             mean, low, high = interval(torch.tensor(means))
             cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+            share = [f"{math.exp(v):.2f}" for v in interval(torch.tensor(shares))]
+            cells.append(f"{share[0]} [{share[1]}, {share[2]}]")
             lines.append(f"| {rival} | {float(ratio):.1%} | " + " | ".join(cells) + " |")
     return lines
 
@@ -330,72 +267,6 @@ def _held_out(seeds: list[dict[str, Any]]) -> list[str]:
                 cells.append(f"{sum(rises) / len(rises):.3f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
-
-
-def _number(path: Path) -> tuple[int, str]:
-    return int(path.stem.split("-")[1]), path.stem
-
-
-def _recovery() -> list[str]:
-    paths = sorted(RESULTS.glob("recover-*.json"), key=_number)
-    if not paths:
-        return []
-    lines = [
-        "30% pruned (REAP + least squares), all parameters trained on text and the whole model's",
-        "distribution, minus the whole model trained on the same batches for as many steps: nats",
-        "per byte, paired over test windows.",
-        "",
-        "| seed | model | steps | of pretraining | CPU s | whole | cut | control | recovered | "
-        "difference | 95% interval |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for path in paths:
-        found = json.loads(path.read_text())
-        loss, steps = found["losses"], found["steps"]
-        level = {
-            n: sum(map(sum, each.values())) / sum(map(len, each.values()))
-            for n, each in loss.items()
-        }
-        for name in (n for n in ("pruned, k 2", "pruned, k 3") if n in loss):
-            mean, low, high = interval(change(loss["control"], loss[name]))
-            lines.append(
-                f"| {found['seed']} | {name} | {steps} | {steps / found['pretraining_steps']:.0%} "
-                f"| {found['cpu_seconds'][name]:.0f} | {level['whole']:.4f} "
-                f"| {level[name + ', not recovered']:.4f} | {level['control']:.4f} "
-                f"| {level[name]:.4f} | {mean:+.4f} | [{low:+.4f}, {high:+.4f}] |"
-            )
-    return lines
-
-
-def _from_scratch() -> list[str]:
-    """The whole models against those that had fewer experts from the start."""
-    paths = sorted(RESULTS.glob("scratch-seed*.json"))
-    if not paths:
-        return []
-    found = [json.loads(path.read_text()) for path in paths]
-    lines = [
-        f"Pretrained as long with {found[0]['experts']} experts from the start, minus the whole "
-        "model, not trained on:",
-        "nats per byte, paired over test windows.",
-        "",
-        "| seed | whole | fewer from the start | difference | 95% interval |",
-        "|---:|---:|---:|---:|---:|",
-    ]
-    means = []
-    for small in found:
-        path = RESULTS / f"recover-400-seed{small['seed']}.json"
-        whole = json.loads(path.read_text())["losses"]["whole"]
-        mean, low, high = interval(change(whole, small["losses"]))
-        means.append(mean)
-        a, b = (
-            sum(map(sum, each.values())) / sum(map(len, each.values()))
-            for each in (whole, small["losses"])
-        )
-        lines.append(
-            f"| {small['seed']} | {a:.4f} | {b:.4f} | {mean:+.4f} | [{low:+.4f}, {high:+.4f}] |"
-        )
-    mean, low, high = interval(torch.tensor(means))
-    return [*lines, f"| all | | | {mean:+.4f} | [{low:+.4f}, {high:+.4f}] |"]
 
 
 def _plot(curves: dict[str, list[Tensor]]) -> None:
@@ -428,18 +299,15 @@ def main() -> None:
     torch.set_num_threads(1)
     act, folders = sys.argv[1], [Path(p) for p in sys.argv[2:]]
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for folder in folders:
-        if act == "cut":
-            result, name = one_shot(folder), "cut"
-        elif act == "scratch":
-            result, name = from_scratch(folder), "scratch"
-        else:
-            steps = int(act.removeprefix("recover"))
-            result, name = recovered(folder, steps), f"recover-{steps}"
-        path = RESULTS / f"{name}-seed{result['seed']}.json"
-        path.write_text(json.dumps(result, separators=(",", ":")) + "\n")
-    if act == "tables":
+    if act == "cut":
+        for folder in folders:
+            result = one_shot(folder)
+            path = RESULTS / f"cut-seed{result['seed']}.json"
+            path.write_text(json.dumps(result, separators=(",", ":")) + "\n")
+    elif act == "tables":
         tables()
+    else:
+        sys.exit(f"{act!r}: cut or tables")
 
 
 if __name__ == "__main__":
