@@ -49,7 +49,7 @@ of memory.</p>
 {% endmacro %}
 <h2>Loss before and after</h2>
 <p>Nats per token on the same sequences, with the 95% confidence interval of the paired change over
-sequences. “(calibration)” is what the choice was made on.</p>
+sequences. “(calibration)” is what statistics and fit were made from.</p>
 {{ losses(r.domains, "before", "after") }}
 {% if r.recovery %}
 <h2>After recovery</h2>

@@ -160,7 +160,8 @@ def save_run(run: LoadedRun, folder: Path, report: dict[str, Any]) -> None:
     try:
         growmoe.save(folder / CHECKPOINT, run.model, extra=run.extra)
     except ValueError as error:  # what safetensors makes of a full disk
-        raise CompressError(str(error)) from error
+        reason = str(error).removeprefix(f"{folder / CHECKPOINT}: ")  # the folder is to go
+        raise CompressError(f"{CHECKPOINT} {reason}") from error
     saved = {**run.saved, "compressed": [*run.saved.get("compressed", []), report]}
     (folder / "config.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
     events = [e for layer in growmoe.moe_layers(run.model).values() for e in layer.lineage]
