@@ -145,12 +145,17 @@ def write_cut(
                 with open(entry.file, "rb") as file:
                     for start, stop in _spans(entry, cut):
                         _copy(file, start, stop, out, progress)
-            out.flush()
-            os.fsync(out.fileno())
+        settle(partial)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
     return [cut.name for _, cut in kept]
+
+
+def settle(path: Path) -> None:
+    """See to it that what a file holds outlives a power cut."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_index(folder: Path, names: Mapping[str, Sequence[str]]) -> None:

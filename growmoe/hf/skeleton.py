@@ -32,6 +32,7 @@ class Tap(nn.Module):
         super().__init__()
         self._layer = [layer]  # in a list, so that it is no submodule
         self.given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.hidden: Any = None
         self.instead: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:  # a model may ask a layer of its kind
@@ -41,7 +42,7 @@ class Tap(nn.Module):
             return getattr(self.__dict__["_layer"][0], name)
 
     def forward(self, hidden_BSD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.given = (args, kwargs)
+        self.hidden, self.given = hidden_BSD, (args, kwargs)
         return hidden_BSD if self.instead is None else self.instead
 
 
@@ -148,15 +149,10 @@ class Skeleton:
     @torch.no_grad()
     def embed(self, token_NS: Tensor, hidden_NSD: Tensor, batch_size: int) -> None:
         """What comes to the first layer, written into `hidden_NSD`."""
-        first = self.taps[0]
-        handle = first.register_forward_pre_hook(
-            lambda tap, given: hidden_NSD[start : start + batch_size].copy_(given[0])
-        )
-        try:
-            for start in range(0, len(token_NS), batch_size):
-                self.base(token_NS[start : start + batch_size], use_cache=False)
-        finally:
-            handle.remove()
+        for start in range(0, len(token_NS), batch_size):
+            part = slice(start, start + batch_size)
+            self.base(token_NS[part], use_cache=False)
+            hidden_NSD[part] = self.taps[0].hidden
 
     @torch.no_grad()
     def through(

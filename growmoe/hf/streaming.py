@@ -31,7 +31,7 @@ from growmoe.compress.text import Texts
 from growmoe.hf.anonymous import Peak
 from growmoe.hf.cutting import cuts_of
 from growmoe.hf.folder import copy_small_files, read_config
-from growmoe.hf.shards import INDEX, Checkpoint, write_cut, write_index
+from growmoe.hf.shards import INDEX, Checkpoint, settle, write_cut, write_index
 from growmoe.hf.skeleton import Skeleton, hidden_file
 
 CRITERIA = ("frequency", "gate-mass", "ean", "man", "msan", "reap", "aimer", "random")
@@ -57,11 +57,9 @@ def prune_streaming(options: Options, texts: Texts, progress: Progress, say: Any
         CompressError: it cannot be done; what was done stays in the hidden folder if going on is
             possible.
     """
-    assert options.output is not None
     reason = why_not(options)
     if reason is not None:
         raise CompressError(f"not by streaming: {reason}")
-    clock = time.perf_counter()
     with Peak() as peak:
         checkpoint = Checkpoint(options.model)
         skeleton = Skeleton(checkpoint, read_config(options.model))
@@ -69,70 +67,86 @@ def prune_streaming(options: Options, texts: Texts, progress: Progress, say: Any
         uniform_budget(sizes, options.ratio, options.keep)  # refused before anything is computed
         work = Work(options, checkpoint)
         try:
-            tokens, ends = _sequences(texts)
-            before = _pass(
-                "before", skeleton, work, tokens, options, ends["(calibration)"],
-                lambda part, text: progress(0.5 * part, text),
-            )  # fmt: skip
-            plan, values, statistics, spared = _plan(skeleton, work, sizes, options)
-            _write_model(skeleton, work, plan, lambda part, text: progress(0.5 + 0.1 * part, text))
-            small = Skeleton(Checkpoint(work.model), read_config(work.model))
-            after = _pass(
-                "after", small, work, tokens, options, 0,
-                lambda part, text: progress(0.6 + 0.4 * part, text),
-            )  # fmt: skip
+            return _prune(skeleton, sizes, work, options, texts, peak, progress)
         except OSError as error:
             raise CompressError(
                 f"cannot write {error.filename or work.folder}: {error.strerror or error}; what "
                 f"was done is in {work.folder}: make room and run the same command again, or "
                 "remove it"
             ) from error
-        work.count(time.perf_counter() - clock, peak.bytes)
-        names = {block: sizes[block] for block in skeleton.blocks.values()}
-        report = Report(
-            act="prune",
-            settings={
-                "saliency": options.saliency,
-                "ratio": options.ratio,
-                "keep": options.keep,
-                "max_loss": None,
-                "per_layer": "uniform",
-                "guard": options.guard,
-                "match": False,
-                "novices": False,
-                "seed": options.seed,
-            },
-            layers=[
-                LayerReport(
-                    name=name,
-                    experts_before=len(size.ids),
-                    experts_after=plan.left(name),
-                    removed=plan.remove[name],
-                    reasons=plan.reasons[name],
-                    saliency=dict(enumerate(values[name].tolist())),
-                    load=dict(enumerate(statistics[name].count.tolist())),
-                    spared=list(spared.get(name, [])),
-                )
-                for name, size in names.items()
-            ],
-            domains=changes(_by_domain(before, ends), _by_domain(after, ends)),
-            parameters_before=skeleton.parameters,
-            parameters_after=small.parameters,
-            seconds=work.told["seconds"],
-            peak_memory=peak_memory(),
-            model={
-                "path": str(options.model),
-                "kind": skeleton.config.model_type,
-                "command": options.command,
-                "streaming": True,
-                "checkpoint_bytes": checkpoint.bytes,
-                "peak_anonymous_bytes": work.told["peak"],
-                "runs": work.told["runs"],
-                "left_out": work.told.get("extra", []),
-            },
-        )
-        report.write(work.model)
-        work.finish()
+        except CompressError:
+            if "before" not in work.told:  # there is nothing to go on from
+                shutil.rmtree(work.folder)
+            raise
+
+
+def _prune(
+    skeleton: Skeleton,
+    sizes: Mapping[str, LayerSize],
+    work: Work,
+    options: Options,
+    texts: Texts,
+    peak: Peak,
+    progress: Progress,
+) -> Report:
+    clock = time.perf_counter()
+    tokens, ends = _sequences(texts)
+    before = _pass(
+        "before", skeleton, work, tokens, options, ends["(calibration)"],
+        lambda part, text: progress(0.5 * part, text),
+    )  # fmt: skip
+    plan, values, statistics, spared = _plan(skeleton, work, sizes, options)
+    _write_model(skeleton, work, plan, lambda part, text: progress(0.5 + 0.1 * part, text))
+    small = Skeleton(Checkpoint(work.model), read_config(work.model))
+    after = _pass(
+        "after", small, work, tokens, options, 0,
+        lambda part, text: progress(0.6 + 0.4 * part, text),
+    )  # fmt: skip
+    work.count(time.perf_counter() - clock, peak.bytes)
+    report = Report(
+        act="prune",
+        settings={
+            "saliency": options.saliency,
+            "ratio": options.ratio,
+            "keep": options.keep,
+            "max_loss": None,
+            "per_layer": "uniform",
+            "guard": options.guard,
+            "match": False,
+            "novices": False,
+            "seed": options.seed,
+        },
+        layers=[
+            LayerReport(
+                name=name,
+                experts_before=len(size.ids),
+                experts_after=plan.left(name),
+                removed=plan.remove[name],
+                reasons=plan.reasons[name],
+                saliency=dict(enumerate(values[name].tolist())),
+                load=dict(enumerate(statistics[name].count.tolist())),
+                spared=list(spared.get(name, [])),
+            )
+            for name, size in sizes.items()
+        ],
+        domains=changes(_by_domain(before, ends), _by_domain(after, ends)),
+        parameters_before=skeleton.parameters,
+        parameters_after=small.parameters,
+        seconds=work.told["seconds"],
+        peak_memory=peak_memory(),
+        model={
+            "path": str(options.model),
+            "kind": skeleton.config.model_type,
+            "command": options.command,
+            "streaming": True,
+            "checkpoint_bytes": skeleton.checkpoint.bytes,
+            "peak_anonymous_bytes": work.told["peak"],
+            "runs": work.told["runs"],
+            "left_out": work.told.get("extra", []),
+        },
+    )
+    report.write(work.model)
+    work.finish()
     return report
 
 
@@ -159,17 +173,16 @@ class Work:
             self.told: dict[str, Any] = {"job": job, "seconds": 0.0, "peak": 0, "runs": 0}
             if state.is_file():
                 self.told = json.loads(state.read_text(encoding="utf-8"))
+            if self.told["job"] != job:
+                raise CompressError(
+                    f"{self.folder} holds an unfinished run with other settings or of another "
+                    "model: finish that, or remove the folder"
+                )
+            self.keep(runs=self.told["runs"] + 1)
         except OSError as error:
             raise CompressError(
                 f"cannot write to {self.output}: {error.strerror or error}"
             ) from error
-        if self.told["job"] != job:
-            raise CompressError(
-                f"{self.folder} holds an unfinished run with other settings or of another model: "
-                "finish that, or remove the folder"
-            )
-        self.told["runs"] += 1
-        self.keep()
 
     def keep(self, **told: Any) -> None:
         """Remember, from now on also after an interruption."""
@@ -190,6 +203,7 @@ class Work:
         except Exception as error:  # of safetensors, which wraps what the system says
             partial.unlink(missing_ok=True)
             raise CompressError(f"cannot write {partial}: {error}") from error
+        settle(partial)
         os.replace(partial, self.folder / name)
 
     def finish(self) -> None:
@@ -283,6 +297,7 @@ def _pass(
             listener = None if statistics is None else statistics.add
             source, target = hidden[i % 2], hidden[(i + 1) % 2]
             skeleton.through(i, token_NS, source, target, size, listener, calibration)
+        settle(paths[(i + 1) % 2])
         if statistics is not None:
             work.store(f"statistics-{i}.safetensors", statistics.state() | stored)
         work.keep(**{name: {"layers": i + 1}})

@@ -261,7 +261,33 @@ def test_shapes_that_the_config_does_not_have_are_refused(tmp_path: Path) -> Non
     path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 20}))
     with pytest.raises(CompressError, match="the config asks for"):
         prune_folder(options(place), silent, silent)
-    assert not (place / "out").exists()
+    assert sorted(p.name for p in place.iterdir()) == ["model", "text.txt"]
+
+
+@pytest.mark.slow
+def test_memory_of_its_own_stays_far_below_the_checkpoint(tmp_path: Path) -> None:
+    place = tmp_path
+    wide = dict(hidden_size=256, intermediate_size=512, num_local_experts=16, num_hidden_layers=12)
+    save_with_tokenizer(tiny("mixtral", **wide).bfloat16(), place / "model", shard="30MB")
+    (place / "text.txt").write_text(TEXT)
+    command = [
+        sys.executable, "-m", "growmoe", "prune", place / "model", "--ratio", "0.5",
+        "--calibration", place / "text.txt", "--samples", "8", "--sequence-length", "64",
+        "--output",
+    ]  # fmt: skip
+    peaks = []
+    for name, layers in (("out", 12), ("less", 3)):
+        if layers < 12:
+            config = json.loads((place / "model" / "config.json").read_text())
+            config["num_hidden_layers"] = layers
+            (place / "model" / "config.json").write_text(json.dumps(config))
+        run = [str(c) for c in [*command, place / name, "--streaming"]]
+        subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
+        told = json.loads((place / name / "report.json").read_text())["model"]
+        peaks.append(told["peak_anonymous_bytes"])
+    assert told["checkpoint_bytes"] > 150e6
+    # four times as many layers take no more: one is in memory at a time
+    assert abs(peaks[0] - peaks[1]) < 30e6
 
 
 def test_quantized_weights_are_refused(tmp_path: Path) -> None:
