@@ -6,17 +6,13 @@ an interruption; the output appears whole at the end, and the hidden folder goes
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from growmoe.compress import criteria
@@ -33,6 +29,7 @@ from growmoe.hf.cutting import cuts_of
 from growmoe.hf.folder import copy_small_files, read_config
 from growmoe.hf.shards import INDEX, Checkpoint, settle, write_cut, write_index
 from growmoe.hf.skeleton import Skeleton, hidden_file
+from growmoe.hf.work import Work
 
 CRITERIA = ("frequency", "gate-mass", "ean", "man", "msan", "reap", "aimer", "random")
 
@@ -65,9 +62,9 @@ def prune_streaming(options: Options, texts: Texts, progress: Progress, say: Any
         skeleton = Skeleton(checkpoint, read_config(options.model))
         sizes = _sizes(skeleton)
         uniform_budget(sizes, options.ratio, options.keep)  # refused before anything is computed
-        work = Work(options, checkpoint)
+        work = Work(options, checkpoint, peak)
         try:
-            return _prune(skeleton, sizes, work, options, texts, peak, progress)
+            return _prune(skeleton, sizes, work, options, texts, progress)
         except OSError as error:
             raise CompressError(
                 f"cannot write {error.filename or work.folder}: {error.strerror or error}; what "
@@ -86,10 +83,8 @@ def _prune(
     work: Work,
     options: Options,
     texts: Texts,
-    peak: Peak,
     progress: Progress,
 ) -> Report:
-    clock = time.perf_counter()
     tokens, ends = _sequences(texts)
     before = _pass(
         "before", skeleton, work, tokens, options, ends["(calibration)"],
@@ -102,7 +97,7 @@ def _prune(
         "after", small, work, tokens, options, 0,
         lambda part, text: progress(0.6 + 0.4 * part, text),
     )  # fmt: skip
-    work.count(time.perf_counter() - clock, peak.bytes)
+    work.keep()
     report = Report(
         act="prune",
         settings={
@@ -148,87 +143,6 @@ def _prune(
     report.write(work.model)
     work.finish()
     return report
-
-
-class Work:
-    """The hidden folder: what is done so far, and the model as it grows.
-
-    Attributes:
-        folder: of all of it. model: in it, the folder that becomes the output.
-        told: what is kept in a file between runs.
-
-    Raises:
-        CompressError: it holds the beginnings of another job.
-    """
-
-    def __init__(self, options: Options, checkpoint: Checkpoint) -> None:
-        assert options.output is not None
-        self.output = options.output
-        self.folder = self.output.parent / f".{self.output.name}.unfinished"
-        self.model = self.folder / "model"
-        job = _fingerprint(options, checkpoint)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            state = self.folder / "state.json"
-            self.told: dict[str, Any] = {"job": job, "seconds": 0.0, "peak": 0, "runs": 0}
-            if state.is_file():
-                self.told = json.loads(state.read_text(encoding="utf-8"))
-            if self.told["job"] != job:
-                raise CompressError(
-                    f"{self.folder} holds an unfinished run with other settings or of another "
-                    "model: finish that, or remove the folder"
-                )
-            self.keep(runs=self.told["runs"] + 1)
-        except OSError as error:
-            raise CompressError(
-                f"cannot write to {self.output}: {error.strerror or error}"
-            ) from error
-
-    def keep(self, **told: Any) -> None:
-        """Remember, from now on also after an interruption."""
-        self.told |= told
-        partial = self.folder / "state.json.partial"
-        partial.write_text(json.dumps(self.told, indent=1), encoding="utf-8")
-        os.replace(partial, self.folder / "state.json")
-
-    def count(self, seconds: float, peak: int | None) -> None:
-        self.keep(
-            seconds=self.told["seconds"] + seconds, peak=max(self.told["peak"], peak or 0) or None
-        )
-
-    def store(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        partial = self.folder / f"{name}.partial"
-        try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, str(partial))
-        except Exception as error:  # of safetensors, which wraps what the system says
-            partial.unlink(missing_ok=True)
-            raise CompressError(f"cannot write {partial}: {error}") from error
-        settle(partial)
-        os.replace(partial, self.folder / name)
-
-    def finish(self) -> None:
-        """The model takes its name, and all else goes."""
-        if self.output.exists():
-            self.output.rmdir()  # empty, as was checked
-        os.replace(self.model, self.output)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _fingerprint(options: Options, checkpoint: Checkpoint) -> dict[str, Any]:
-    settings = {
-        k: str(v) if isinstance(v, Path) else v
-        for k, v in asdict(options).items()
-        if k not in ("command", "evaluation", "streaming")
-    }
-    texts = {"(calibration)": options.calibration, **options.evaluation}
-    stats = {n: (str(p), p.stat()) for n, p in texts.items() if p is not None}
-    told = {
-        "settings": settings,
-        "checkpoint": checkpoint.fingerprint(),
-        "texts": {n: [p, s.st_size, s.st_mtime_ns] for n, (p, s) in stats.items()},
-    }
-    result: dict[str, Any] = json.loads(json.dumps(told))
-    return result
 
 
 def _sizes(skeleton: Skeleton) -> dict[str, LayerSize]:
