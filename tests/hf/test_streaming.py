@@ -159,7 +159,7 @@ def test_killed_it_leaves_no_model_and_goes_on(tmp_path: Path) -> None:
     place = place_with("mixtral", tmp_path, num_hidden_layers=24)
     command = [
         sys.executable, "-m", "growmoe", "prune", place / "model", "--ratio", "0.5",
-        "--calibration", place / "text.txt", "--samples", "200", "--sequence-length", "64",
+        "--calibration", place / "text.txt", "--samples", "100", "--sequence-length", "32",
         "--streaming", "--no-guard", "--output", place / "out",
     ]  # fmt: skip
     process = subprocess.Popen([str(c) for c in command], stderr=subprocess.DEVNULL)
@@ -267,17 +267,17 @@ def test_shapes_that_the_config_does_not_have_are_refused(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_memory_of_its_own_stays_far_below_the_checkpoint(tmp_path: Path) -> None:
     place = tmp_path
-    wide = dict(hidden_size=256, intermediate_size=512, num_local_experts=16, num_hidden_layers=12)
+    wide = dict(hidden_size=256, intermediate_size=512, num_local_experts=16, num_hidden_layers=8)
     save_with_tokenizer(tiny("mixtral", **wide).bfloat16(), place / "model", shard="30MB")
     (place / "text.txt").write_text(TEXT)
     command = [
         sys.executable, "-m", "growmoe", "prune", place / "model", "--ratio", "0.5",
-        "--calibration", place / "text.txt", "--samples", "8", "--sequence-length", "64",
+        "--calibration", place / "text.txt", "--samples", "4", "--sequence-length", "32",
         "--output",
     ]  # fmt: skip
     peaks = []
-    for name, layers in (("out", 12), ("less", 3)):
-        if layers < 12:
+    for name, layers in (("out", 8), ("less", 2)):
+        if layers < 8:
             config = json.loads((place / "model" / "config.json").read_text())
             config["num_hidden_layers"] = layers
             (place / "model" / "config.json").write_text(json.dumps(config))
@@ -285,7 +285,7 @@ def test_memory_of_its_own_stays_far_below_the_checkpoint(tmp_path: Path) -> Non
         subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
         told = json.loads((place / name / "report.json").read_text())["model"]
         peaks.append(told["peak_anonymous_bytes"])
-    assert told["checkpoint_bytes"] > 150e6
+    assert told["checkpoint_bytes"] > 100e6
     # four times as many layers take no more: one is in memory at a time
     assert abs(peaks[0] - peaks[1]) < 30e6
 
