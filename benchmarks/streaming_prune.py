@@ -140,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="a new folder with 8 GB of room")
     parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--output", type=Path, help="a folder for streaming_prune.json")
     options = parser.parse_args()

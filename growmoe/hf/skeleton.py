@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from growmoe.compress.calibrate import next_token_loss
@@ -46,14 +47,34 @@ class Tap(nn.Module):
         return hidden_BSD if self.instead is None else self.instead
 
 
+class Head(nn.Module):
+    """A linear map whose matrix, large and of another dtype, is cast a few rows at a time.
+
+    Args:
+        linear: the map.
+    """
+
+    ROWS = 4096
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [F.linear(x, rows.to(x.dtype)) for rows in self.weight.split(self.ROWS)]
+        y = torch.cat(parts, -1)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
 class Skeleton:
-    """A model without its layers.
+    """A model without its layers. It computes in float32 at least.
 
     Args:
         checkpoint: of a known family, not quantized.
         config: its config.
 
     Attributes:
+        dtype: of what is computed.
         parameters: of the whole model.
         blocks: number of a decoder layer -> the name of the mixture in it.
 
@@ -67,10 +88,12 @@ class Skeleton:
                 f"{checkpoint.folder} is quantized: calibrate and prune it before quantization"
             )
         self.checkpoint, self.config, self.family = checkpoint, config, family_of(config)
-        dtype = getattr(config, "dtype", None) or torch.float32
+        # many a CPU is a hundred times slower in bfloat16
+        dtype = torch.promote_types(getattr(config, "dtype", None) or torch.float32, torch.float32)
         with torch.device("meta"):
             model: Any = require().AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.model = model.eval().requires_grad_(False)
+        self.dtype = dtype
         self.parameters = sum(p.numel() for p in model.parameters())
         self.base: Any = model.get_decoder()
         self.layers = list(self.base.layers)
@@ -89,9 +112,13 @@ class Skeleton:
         return int(block[len(self.prefix) + 1 :].split(".")[0])
 
     def _load_rest(self) -> None:
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        large = [embedding.weight, head.weight]
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
             if name in self.checkpoint.entries:
-                _put(self.model, name, self.checkpoint.tensor(name).to(tensor.dtype))
+                value = self.checkpoint.tensor(name)
+                as_it_is = any(tensor is weight for weight in large)
+                _put(self.model, name, value if as_it_is else value.to(tensor.dtype))
         for module in self.model.modules():  # what is computed from the config, such as rotations
             computed = module._non_persistent_buffers_set
             if any(module._buffers[name] is not None for name in computed):
@@ -102,6 +129,8 @@ class Skeleton:
         lacking = [n for n, p in self.model.named_parameters() if p.is_meta]
         if lacking:
             raise CompressError(f"{self.checkpoint.folder} holds no tensor {lacking[0]}")
+        embedding.register_forward_hook(lambda module, given, out: out.to(self.dtype))
+        self.model.set_output_embeddings(Head(head))
 
     @contextmanager
     def loaded(self, number: int) -> Iterator[nn.Module]:

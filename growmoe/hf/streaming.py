@@ -191,9 +191,8 @@ def _pass(
     token_NS = token_NS1[:, :-1]
     size = options.batch_size
     shape = (*token_NS.shape, skeleton.config.hidden_size)
-    dtype = skeleton.base.get_input_embeddings().weight.dtype
     paths = [work.folder / f"hidden-{name}-{i}" for i in (0, 1)]
-    hidden = [hidden_file(path, shape, dtype) for path in paths]
+    hidden = [hidden_file(path, shape, skeleton.dtype) for path in paths]
     number = len(skeleton.layers)
     if not done["layers"]:
         skeleton.embed(token_NS, hidden[0], size)

@@ -45,10 +45,14 @@ def options(place: Path, output: str = "out", **more: Any) -> Options:
     return Options(**{**given, **more})  # type: ignore[arg-type]
 
 
-def place_with(family: str, place: Path, shard: str = "60KB", **changes: Any) -> Path:
-    save_with_tokenizer(tiny(family, **changes), place / "model", shard=shard)
+def place_of(place: Path, model: Any, shard: str = "60KB") -> Path:
+    save_with_tokenizer(model, place / "model", shard=shard)
     (place / "text.txt").write_text(TEXT)
     return place
+
+
+def place_with(family: str, place: Path, shard: str = "60KB", **changes: Any) -> Path:
+    return place_of(place, tiny(family, **changes), shard)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -90,16 +94,21 @@ def test_other_criteria_choose_as_in_memory(saliency: str, tmp_path: Path) -> No
     assert not (place / "out" / shards.INDEX).exists()
 
 
-def test_bfloat16_and_the_guard(tmp_path: Path) -> None:
-    place = tmp_path
-    save_with_tokenizer(tiny("olmoe").bfloat16(), place / "model")
-    (place / "text.txt").write_text(TEXT)
-    whole = prune_folder(options(place, "whole", guard=True, streaming=False), silent, silent)
+def test_bfloat16_is_computed_in_float32_and_written_as_it_is(tmp_path: Path) -> None:
+    half = tiny("olmoe", tie_word_embeddings=True).bfloat16()
+    whole = place_of(tmp_path / "wide", half.float())
+    place = place_of(tmp_path / "half", half.bfloat16())
+    expected = prune_folder(options(whole, guard=True, streaming=False), silent, silent)
     found = prune_folder(options(place, guard=True), silent, silent)
-    assert [x.removed for x in found.layers] == [x.removed for x in whole.layers]
-    assert [x.spared for x in found.layers] == [x.spared for x in whole.layers]
+    assert [x.removed for x in found.layers] == [x.removed for x in expected.layers]
+    assert [x.spared for x in found.layers] == [x.spared for x in expected.layers]
     assert any(x.spared for x in found.layers)
-    assert {t.dtype for t in tensors(place / "out").values()} == {torch.bfloat16}
+    for name, change in expected.domains.items():
+        assert found.domains[name].after == pytest.approx(change.after, abs=1e-5)
+    written = tensors(place / "out")
+    assert {t.dtype for t in written.values()} == {torch.bfloat16}
+    for name, tensor in tensors(whole / "out").items():
+        assert torch.equal(written[name].float(), tensor)
 
 
 def test_a_small_checkpoint_is_taken_whole_and_a_large_one_streamed(tmp_path: Path) -> None:
