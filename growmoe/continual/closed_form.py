@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,6 +27,7 @@ from growmoe.continual.load_history import LoadHistory
 from growmoe.continual.ridge import RidgeClassifier
 from growmoe.continual.rivals.learner import Budget, Learner, run_learner
 from growmoe.continual.stream import Stream
+from growmoe.experts.moments import moment_numbers
 
 Progress = Callable[[float, str], None]
 # An act is switched off with the rules that propose it; what thaws goes with what freezes.
@@ -198,14 +198,19 @@ def wider(features: Features, moments: float) -> Features:
     Patch responses are not projected, which serves a single head better; the filters of every
     scale are multiplied alike.
     """
-    width = math.sqrt(moments * sum((block + 1) ** 2 for block in features.blocks)) - 1
+    width = sum(features.blocks)
+    most = moments * moment_numbers(features.blocks)
+    while moment_numbers((width + 1,)) <= most:
+        width += 1
+    while width > 1 and moment_numbers((width,)) > most:
+        width -= 1
     if isinstance(features, RandomUnits):
-        return RandomUnits(features.width, max(1, round(width) - features.width))
+        return RandomUnits(features.width, max(1, width - features.width))
     assert isinstance(features, MultiScaleFeatures)
     unprojected = sum(scale.grid**2 * scale.filters for scale in features.scales)
     scales = []
     for scale in features.scales:
-        filters = max(1, math.floor(scale.filters * width / unprojected))
+        filters = max(1, scale.filters * width // unprojected)
         options: dict[str, Any] = {**scale.settings(), "components": None, "filters": filters}
         scales.append(RandomPatchFeatures(**options))
     return MultiScaleFeatures(tuple(scales))

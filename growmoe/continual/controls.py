@@ -17,6 +17,7 @@ from growmoe.continual.closed_form import ACTS, Grown, Head, run_grown, wider, w
 from growmoe.continual.features import default_features
 from growmoe.continual.rivals.learner import Budget, OracleLearner, run_learner
 from growmoe.continual.stream import Batch, Stream
+from growmoe.experts.moments import moment_numbers
 
 __all__ = ["ACTS", "AtBoundaries", "AtRandom", "Grown", "grow", "without"]
 
@@ -115,7 +116,7 @@ def run_dense(
     """One head of equal memory."""
     memory = grow(stream, seed, batch_size, early).memory(stream.bytes_per_example)
     features = default_features(stream.image_shape)
-    moment = 2 * sum((block + 1) ** 2 for block in features.blocks)  # half of it, in bytes
+    moment = 4 * moment_numbers(features.blocks)
     learner = Head(
         stream, wider(features, memory.statistics / moment), early=early, seed=seed, ridge=ridge
     )

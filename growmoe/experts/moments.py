@@ -58,7 +58,7 @@ class Moments(nn.Module):
         if sum(self.blocks) != d_model or min(self.blocks) < 1:
             raise ValueError(f"Moments: blocks {self.blocks} do not make up {d_model} features")
         self.num_labels, self.d_model = num_labels, d_model
-        length = sum(rows * columns for _, _, rows, columns in self._shapes())
+        length = moment_numbers(self.blocks)
         self.register_buffer("panels", torch.zeros(length, device=device))
         self.register_buffer("label", torch.tensor(label, device=device))
         self.touch()
@@ -69,9 +69,7 @@ class Moments(nn.Module):
 
     def _shapes(self) -> Iterator[tuple[int, int, int, int]]:
         """Block, first row, rows and columns of each panel."""
-        for b, width in enumerate(self.blocks):
-            for row in range(0, width + 1, _PANEL):
-                yield b, row, min(_PANEL, width + 1 - row), width + 1 - row
+        return _panel_shapes(self.blocks)
 
     def _each_panel(self) -> Iterator[tuple[int, int, Tensor]]:
         """Block and first row of each panel, and the panel, a view: [rows, G_b - first row]."""
@@ -201,6 +199,17 @@ class Moments(nn.Module):
 
     def extra_repr(self) -> str:
         return f"label={int(self.label)}, count={self.count:.0f}"
+
+
+def _panel_shapes(blocks: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
+    for b, width in enumerate(blocks):
+        for row in range(0, width + 1, _PANEL):
+            yield b, row, min(_PANEL, width + 1 - row), width + 1 - row
+
+
+def moment_numbers(blocks: Sequence[int]) -> int:
+    """How many numbers `Moments` keeps of features in these blocks."""
+    return sum(rows * columns for _, _, rows, columns in _panel_shapes(blocks))
 
 
 def with_constant(x_RD: Tensor, blocks: Sequence[int]) -> list[Tensor]:
