@@ -4,8 +4,10 @@ import pytest
 from rows import rows
 
 from growmoe.continual import closed_form as room
+from growmoe.continual.features import default_features
 from growmoe.continual.methods import METHODS
 from growmoe.continual.scenarios import permuted
+from growmoe.experts.moments import moment_numbers
 
 
 def silent(fraction, text):
@@ -35,8 +37,10 @@ def test_the_heads_run_where_experiences_end_inside_batches(drift):
         assert len(cell.accuracy_matrix) == stream.num_experiences
 
 
-def test_the_wide_head_has_growmoes_memory():
-    stream = rows(experiences=3, classes=6, each=60)
-    grown = room.run_growmoe(stream, 0, silent, batch_size=16, early=32)
-    wide = METHODS["ridge-wide"].again(batch_size=16, early=32).run(stream, 0, silent)
-    assert wide.memory.statistics == pytest.approx(grown.memory.statistics, rel=0.25)
+@pytest.mark.parametrize("moments", [1, 10, 19])
+def test_the_wide_head_has_the_memory_of_so_many_moments(moments):
+    for shape in ((1, 28, 28), (1, 1, 9)):
+        features = default_features(shape)
+        wide = room.wider(features, moments).num_features
+        mine = moments * moment_numbers(features.blocks)
+        assert moment_numbers((wide,)) == pytest.approx(mine, rel=0.03)
