@@ -6,9 +6,9 @@ passes once over the stream.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from growmoe import surgery
 from growmoe.continual.cell import Memory, tensor_bytes
 from growmoe.continual.domain_gate import DomainGate
-from growmoe.continual.domains import Domain
+from growmoe.continual.domains import Domain, LabelExperts
 from growmoe.continual.intake import Features, Intake
 from growmoe.continual.view import View
 from growmoe.experts.moments import Moments
@@ -328,20 +328,16 @@ class GrowingClassifier(nn.Module):
         return self.domains[newborn].learn(x_NI, labels)
 
     def _begin(self) -> tuple[MoE, Organizer]:
-        view, made = self._view, itertools.count()
-
-        def kind() -> Domain:
-            return Domain(
-                self.num_classes,
-                view.width,
-                view.num_features,
-                self.gate,
-                self.label_rules,
-                self.seed,
-                view.blocks,
-                pooled=next(made) > 0,
-            )
-
+        view, how = self._view, (self.gate, self.label_rules, self.seed)
+        kind = partial(
+            Domain,
+            self.num_classes,
+            view.width,
+            view.num_features,
+            *how,
+            view.blocks,
+            pooled=True,
+        )
         layer = MoE(
             view.num_features,
             kind,
@@ -353,6 +349,8 @@ class GrowingClassifier(nn.Module):
             evidence="moments",
             seed=self.seed,
         )
+        first = cast(Domain, next(iter(layer.experts.values())).body)
+        first.heads = LabelExperts(self.num_classes, view.blocks, *how)
         named = nn.ModuleDict({"domains": layer})
         # sums add up exactly: whether two domains are one is for the rule to say
         organizer = Organizer(

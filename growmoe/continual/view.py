@@ -68,8 +68,8 @@ class View:
         numbers = raw_NR.shape[1]
         drawn_RK = torch.randn(numbers, min(self.size, numbers), generator=generator)
         # as large as the components, so that neither counts for more
-        spread = ((first_ND - self._mean_D) @ self._component_DK).std()
-        scale = spread / (raw_NR @ drawn_RK).std(0).mean().clamp_min(1e-6)
+        spread = ((first_ND - self._mean_D) @ self._component_DK).std(correction=0)
+        scale = spread / (raw_NR @ drawn_RK).std(0, correction=0).mean().clamp_min(1e-6)
         self._projection_RK = drawn_RK * scale if torch.isfinite(scale) else drawn_RK
         return self
 
