@@ -265,7 +265,7 @@ def write_results(
     output: Path, results: dict[str, Any], records: Sequence[dict[str, Any]]
 ) -> list[Path]:
     """Write results.json, table.md, the lineages and the plots; gives their paths."""
-    from growmoe.report import plots
+    from growmoe.report import accuracy, plots
 
     paths = [output / name for name in ("results.json", "table.md", "table.tex", "table.csv")]
     store.write_atomically(paths[0], json.dumps(results, indent=1))
@@ -277,7 +277,7 @@ def write_results(
         return paths
     pictures = output / "plots"
     pictures.mkdir(exist_ok=True)
-    paths.append(plots.save(plots.plot_accuracy, pictures / "accuracy.png", results))
+    paths.append(plots.save(accuracy.plot_accuracy, pictures / "accuracy.png", results))
     for record in records:
         cell = f"{record['method']}-seed{record['seed']}"
         events, history = record["lineage"], record["load_history"]
@@ -285,7 +285,20 @@ def write_results(
             path = output / "lineage" / f"{cell}.jsonl"
             store.write_atomically(path, "".join(json.dumps(event) + "\n" for event in events))
             picture = pictures / f"lifelines-{cell}.png"
-            paths += [path, plots.save(plots.plot_lifelines, picture, events, history)]
+            ends = _boundaries(record)
+
+            def draw(events: Any, history: Any, ends: list[float] = ends) -> Any:
+                return accuracy.mark_boundaries(plots.plot_lifelines(events, history), ends)
+
+            paths += [path, plots.save(draw, picture, events, history)]
         if history:
             paths.append(plots.save(plots.plot_load, pictures / f"load-{cell}.png", history))
     return paths
+
+
+def _boundaries(record: dict[str, Any]) -> list[float]:
+    """The steps at which experiences ended, for a method that takes one per new mini-batch."""
+    size, settings = record["settings"].get("batch_size"), record["settings"]
+    if not size or settings.get("min_steps") or not record.get("flops_history"):
+        return []
+    return [seen / size for seen, _ in record["flops_history"][:-1]]
