@@ -52,6 +52,7 @@ _HOME = {
     "default_label_rules": "classifier",
     "GrowMoE": "strategy",
     "OnePass": "strategy",
+    "growmoe_metrics": "avalanche_metrics",
     "OrganizerPlugin": "strategy",
     "default_rules": "classifier",
     "average_incremental_accuracy": "metrics",
