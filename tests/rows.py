@@ -2,7 +2,8 @@
 
 import torch
 
-from growmoe.continual.scenarios import arrange, split
+from growmoe.continual.ordering import arrange
+from growmoe.continual.scenarios import split
 from growmoe.continual.stream import Data
 
 

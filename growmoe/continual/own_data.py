@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from growmoe.continual.scenarios import Domains, arrange
+from growmoe.continual.ordering import Domains, arrange
 from growmoe.continual.stream import Data, Stream
 
 

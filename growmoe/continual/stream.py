@@ -22,7 +22,11 @@ class Data:
     """Examples and labels before they are put in order.
 
     Pixels are uint8 [N, C, H, W] from 0 to `white`, or float32 with `white` 1; a row of a table
-    is [1, 1, D]. Labels are int64 [N].
+    is [1, 1, D]. Labels are int64 [N], from 0.
+
+    Raises:
+        ValueError: not so; floats that are not finite, or train and test images that differ in
+            shape or kind.
     """
 
     train_pixels: Tensor
@@ -30,6 +34,31 @@ class Data:
     test_pixels: Tensor
     test_labels: Tensor
     white: int
+
+    def __post_init__(self) -> None:
+        for kind in ("train", "test"):
+            pixels, labels = getattr(self, f"{kind}_pixels"), getattr(self, f"{kind}_labels")
+            if pixels.dim() != 4 or pixels.dtype not in (torch.uint8, torch.float32):
+                raise ValueError(
+                    f"{kind}_pixels must be uint8 or float32 [N, C, H, W], got {pixels.dtype} "
+                    f"{tuple(pixels.shape)}"
+                )
+            if labels.dtype != torch.int64 or labels.shape != pixels.shape[:1]:
+                raise ValueError(
+                    f"{kind}_labels must be int64 [{len(pixels)}], got {labels.dtype} "
+                    f"{tuple(labels.shape)}"
+                )
+            if len(labels) and labels.min() < 0:
+                raise ValueError(f"{kind}_labels must be 0 or more, got {int(labels.min())}")
+            if pixels.dtype == torch.float32 and not pixels.isfinite().all():
+                bad = int((~pixels.flatten(1).isfinite().all(1)).nonzero()[0])
+                raise ValueError(f"{kind}_pixels, example {bad}: it holds NaN or infinity")
+        a, b = self.train_pixels, self.test_pixels
+        if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype:
+            raise ValueError(
+                f"train images are {a.dtype} {tuple(a.shape[1:])}, but test images {b.dtype} "
+                f"{tuple(b.shape[1:])}"
+            )
 
     def digest(self) -> str:
         """A fingerprint of all examples and labels."""

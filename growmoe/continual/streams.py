@@ -24,15 +24,8 @@ from growmoe.continual.data.glyphs import SCRIPTS, read_glyphs
 from growmoe.continual.data.idx import DataError
 from growmoe.continual.data.mnist import read_fashion_mnist, read_mnist, read_mnist_5000
 from growmoe.continual.data.tables import reader
-from growmoe.continual.scenarios import (
-    Domains,
-    arrange,
-    class_incremental,
-    in_turn,
-    permuted,
-    rotated,
-    split,
-)
+from growmoe.continual.ordering import Domains, arrange
+from growmoe.continual.scenarios import class_incremental, in_turn, permuted, rotated, split
 from growmoe.continual.stream import DRIFTS, SCENARIOS, Data, Stream
 
 __all__ = [

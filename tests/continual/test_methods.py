@@ -64,7 +64,14 @@ def check(cell, side):
     json.dumps(dataclasses.asdict(cell))
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+# one of each kind; the others with the slow ones
+QUICK = ("growmoe", "naive", "replay", "gdumb", "slda", "pnn", "sema", "ridge")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS],
+)
 def test_every_method_fills_its_cell_online(tiny, name):
     torch.manual_seed(0)
     cell = online(10)[name].run(tiny, 0, silent)

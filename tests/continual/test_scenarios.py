@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from growmoe.continual.scenarios import arrange, in_turn, permuted, rotated, split
+from growmoe.continual.ordering import arrange
+from growmoe.continual.scenarios import in_turn, permuted, rotated, split
 from growmoe.continual.stream import DRIFTS, SCENARIOS, Data
 from growmoe.continual.streams import Options, full_name, load
 

@@ -180,3 +180,30 @@ def test_classes_that_do_not_divide_evenly_are_refused():
     data = Data(pixels, labels, pixels, labels, white=255)
     with pytest.raises(ValueError, match="3 classes cannot be cut into 2"):
         class_incremental("tiny", data, 0, num_experiences=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_pixels": torch.full((4, 1, 2, 2), float("nan"))}, "train_pixels, example 0.*NaN"),
+        ({"test_pixels": torch.tensor([0.0, torch.inf] * 8).view(4, 1, 2, 2)}, "infinity"),
+        ({"train_labels": torch.tensor([0, 1, -1, 0])}, "0 or more, got -1"),
+        ({"test_labels": torch.tensor([0, 1, 0])}, r"int64 \[4\], got torch.int64 \(3,\)"),
+        ({"test_labels": torch.zeros(4)}, "int64"),
+        ({"test_pixels": torch.zeros(4, 1, 3, 3)}, r"\(1, 2, 2\), but test images.*\(1, 3, 3\)"),
+        ({"train_pixels": torch.zeros(4, 2, 2)}, "N, C, H, W"),
+        ({"train_pixels": torch.zeros(4, 1, 2, 2).double()}, "float64"),
+    ],
+)
+def test_data_that_is_not_whole_is_refused_before_it_becomes_a_stream(change, message):
+    labels = torch.tensor([0, 1, 0, 1])
+    images = torch.zeros(4, 1, 2, 2)
+    good = {
+        "train_pixels": images,
+        "train_labels": labels,
+        "test_pixels": images,
+        "test_labels": labels,
+    }
+    Data(**good, white=1)
+    with pytest.raises(ValueError, match=message):
+        Data(**{**good, **change}, white=1)

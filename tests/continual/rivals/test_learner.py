@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from growmoe.continual.cell import Memory
+from growmoe.continual.ordering import arrange
 from growmoe.continual.rivals.learner import (
     BOUNDARIES,
     TASK_LABELS,
@@ -14,7 +15,7 @@ from growmoe.continual.rivals.learner import (
     TaskLearner,
     run_learner,
 )
-from growmoe.continual.scenarios import arrange, permuted, split
+from growmoe.continual.scenarios import permuted, split
 from growmoe.continual.stream import DRIFTS, Data
 
 
