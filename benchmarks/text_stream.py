@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import sys
@@ -26,17 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import growmoe
 from growmoe import TopK, surgery
 from growmoe.lm import Domain, load_domains
 from growmoe.lm.data import windows
-from growmoe.lm.growing import GrowingLM, LowRankPath, StreamLearner, TextStream
+from growmoe.lm.growing import GrowingLM, StreamLearner, TextStream
 from growmoe.lm.optimize import parameter_groups
 from growmoe.models import TransformerLM
 
 DOMAINS = small_lm.DOMAINS
 ORDERS = ("shuffled", "documents")
-RANKS = (8, 32)
+RANKS = (16,)
 D_MODEL, LAYERS, HEADS, LENGTH = 64, 2, 4, 128
 WINDOWS = 64  # of each domain's test part, each with as many bytes before it
 BUDGET_MINUTES = 40.0

@@ -105,6 +105,13 @@ def train_lm(
             show_default=", ".join(DEFAULT_RULES),
         ),
     ] = "",
+    paths: Annotated[
+        bool,
+        _option(
+            _GROWTH,
+            "Grow a path, as large as a dense model, for each new kind of text: it forgets none.",
+        ),
+    ] = TrainConfig.paths,
     max_experts: Annotated[int, _option(_GROWTH, "Per layer.")] = TrainConfig.max_experts,
     organize_every: Annotated[
         int, _option(_GROWTH, "Steps between decisions.")
@@ -159,6 +166,7 @@ def train_lm(
         clip=clip,
         grow=grow,
         rules=_names(rules),
+        paths=paths,
         max_experts=max_experts,
         organize_every=organize_every,
         evaluate_every=evaluate_every,

@@ -51,7 +51,10 @@ class TrainConfig:
         clip: the largest norm of the gradient; 0 for no limit.
         grow: whether an organizer applies `rules`.
         rules: names of classes in `growmoe.rules`; the defaults of `growmoe.lm.train` if empty.
-        max_experts: per layer, where it grows.
+        paths: grow a whole path for each new kind of text instead (see `growmoe.lm.growing`), as
+            large as the dense model, so that none of the old is forgotten. `experts`, `router` and
+            `schedule` have no say then: the learning rate follows each path's own steps.
+        max_experts: per layer, where it grows; of paths in all.
         organize_every: steps between decisions of the organizer.
         evaluate_every: steps between evaluations; a tenth of the steps if left out.
         windows: sequences per domain in an evaluation.
@@ -96,6 +99,7 @@ class TrainConfig:
 
     grow: bool = False
     rules: tuple[str, ...] = ()
+    paths: bool = False
     max_experts: int = 32
     organize_every: int = 50
 
@@ -155,6 +159,10 @@ class TrainConfig:
                 raise TrainError("weights mix domains, which curriculum='phases' does not")
         if self.grow and not self.experts:
             raise TrainError("grow needs experts, got experts=0")
+        if self.paths and self.grow:
+            raise TrainError("paths grow by themselves: leave out grow")
+        if self.paths and (self.dropout or self.precision != "float32"):
+            raise TrainError("paths take no dropout, and precision='float32'")
         if self.rules and not self.grow:
             raise TrainError("rules are given, but grow is not")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -17,6 +18,8 @@ from growmoe.lm.config import TrainConfig, TrainError
 from growmoe.lm.data import batch, phase_weights
 from growmoe.lm.domains import Domain, Split
 from growmoe.lm.evaluate import autocast, context, cross_entropy, evaluate, expert_use
+from growmoe.lm.growing.learner import StreamLearner
+from growmoe.lm.growing.model import GrowingLM
 from growmoe.lm.optimize import build_optimizer, learning_rate
 from growmoe.lm.run import RunFolder
 from growmoe.rules import Rule
@@ -50,8 +53,19 @@ class Loop:
         self.device, self.folder = device, folder
         self.progress, self.say = progress, say
         torch.manual_seed(config.seed)
-        self.optimizer = build_optimizer(model, config)
+        self.learner = None
         self.organizer = None
+        if isinstance(model, GrowingLM):
+            self.learner = StreamLearner(
+                model,
+                lr=config.lr,
+                warmup=config.warmup or 20,
+                weight_decay=config.weight_decay,
+                clip=config.clip or math.inf,
+                max_paths=config.max_experts,
+            )
+        learner = self.learner
+        self.optimizer = build_optimizer(model, config) if learner is None else learner.optimizer
         if config.grow:
             try:
                 self.organizer = growmoe.Organizer(
@@ -79,12 +93,19 @@ class Loop:
             return
         if self.folder.checkpoint.exists():
             try:
+                kinds = self.model.kinds() if isinstance(self.model, GrowingLM) else None
                 extra = growmoe.load(
-                    self.folder.checkpoint, self.model, self.optimizer, self.organizer
+                    self.folder.checkpoint,
+                    self.model,
+                    self.optimizer,
+                    self.organizer,
+                    experts=kinds,
                 )
             except ValueError as error:
                 raise TrainError(f"{error}; delete it to begin anew") from error
             self.step, self.seconds = extra["step"], extra["seconds"]
+            if self.learner is not None:
+                self.learner.load_state_dict(extra["learner"])
             self._loss = extra["loss"].to(self.device)
             self._losses, self._seconds = extra["losses"], extra["loss_seconds"]
             if self.step < self.config.steps:
@@ -131,6 +152,11 @@ class Loop:
                 config.sequence_length,
             )
         )
+        if self.learner is not None:
+            for event in self.learner.step(torch.cat([x_BS[:, :1], y_BS], 1)):
+                self.say(str(event))
+            self._count(self.learner.last_loss, begin)
+            return
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
         with autocast(self.device, config.precision):
@@ -144,12 +170,15 @@ class Loop:
         self._refuse_divergence(loss, norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        self.step += 1
         if self.organizer is not None:
             for event in self.organizer.step(loss_T.detach()):
                 if event.accepted:
                     self.say(str(event))
-        self._loss += loss_T.detach().mean()
+        self._count(loss_T.detach().mean(), begin)
+
+    def _count(self, loss: Tensor | float, begin: float) -> None:
+        self.step += 1
+        self._loss += loss
         self._losses += 1
         spent = time.perf_counter() - begin
         self.seconds += spent
@@ -179,7 +208,7 @@ class Loop:
                 "kind": "train",
                 "step": self.step,
                 "loss": loss,
-                "lr": learning_rate(config, self.step - 1),
+                "lr": self.optimizer.param_groups[0]["lr"],
                 "tokens_per_second": round(rate),
                 **use,
             }
@@ -232,6 +261,7 @@ class Loop:
             "loss": self._loss,
             "losses": self._losses,
             "loss_seconds": self._seconds,
+            "learner": None if self.learner is None else self.learner.state_dict(),
         }
         growmoe.save(
             self.folder.checkpoint, self.model, self.optimizer, self.organizer, extra=state

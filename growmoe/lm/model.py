@@ -7,6 +7,7 @@ from difflib import get_close_matches
 
 from growmoe.experts.ffn import FFN
 from growmoe.lm.config import TrainConfig, TrainError
+from growmoe.lm.growing.model import GrowingLM
 from growmoe.models import TransformerLM
 from growmoe.routers import Router, TopK
 
@@ -27,8 +28,8 @@ def build_router(name: str, k: int) -> Router:
     return ROUTERS[name](k)
 
 
-def build_model(config: TrainConfig, vocab_size: int = 256) -> TransformerLM:
-    """The transformer that `config` describes.
+def build_model(config: TrainConfig, vocab_size: int = 256) -> TransformerLM | GrowingLM:
+    """The transformer that `config` describes, or the first path of one that grows paths.
 
     Raises:
         TrainError: its options do not fit together.
@@ -37,6 +38,9 @@ def build_model(config: TrainConfig, vocab_size: int = 256) -> TransformerLM:
     router = build_router(config.router, config.k)  # a wrong name is wrong in a dense model too
     size = (vocab_size, config.d_model, config.layers, config.heads)
     try:
+        if config.paths:
+            width = config.k * hidden + config.shared
+            return GrowingLM(*size, d_hidden=width, seed=config.seed)
         if config.experts == 0:
             return TransformerLM(
                 *size,

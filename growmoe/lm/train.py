@@ -16,6 +16,7 @@ from growmoe.lm.config import TrainConfig, TrainError
 from growmoe.lm.data import windows
 from growmoe.lm.domains import SPLITS, Domain, load_domains
 from growmoe.lm.evaluate import expert_use, unigram_bits
+from growmoe.lm.growing.model import GrowingLM
 from growmoe.lm.loop import Loop
 from growmoe.lm.model import build_model
 from growmoe.lm.optimize import pick_device
@@ -167,7 +168,7 @@ def measure(loop: Loop) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         **expert_use(model),
     }
-    if isinstance(model, TransformerLM):
+    if isinstance(model, (TransformerLM, GrowingLM)):
         result["active_parameters"] = model.num_params(active=True)
         result["forward_flops_per_token"] = model.flops_per_token(config.sequence_length)
     return result

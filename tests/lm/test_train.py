@@ -65,8 +65,9 @@ def test_it_learns_more_than_how_frequent_the_bytes_are(texts):
         {"dropout": 0.2, "save_every": 3},
         {"experts": 0, "curriculum": "phases"},
         {"grow": True, "organize_every": 2, "shared": 8, "schedule": "wsd", "save_every": 1},
+        {"paths": True, "curriculum": "phases", "save_every": 3},
     ],
-    ids=["dropout", "dense", "growing"],
+    ids=["dropout", "dense", "growing", "paths"],
 )
 def test_a_run_that_failed_goes_on_bit_for_bit(texts, tmp_path, options, stop):
     config = replace(TINY, domains=texts, **options)
@@ -83,6 +84,34 @@ def test_a_run_that_failed_goes_on_bit_for_bit(texts, tmp_path, options, stop):
         assert (tmp_path / "parts" / "lineage.jsonl").read_text() == (
             tmp_path / "whole" / "lineage.jsonl"
         ).read_text()
+
+
+@pytest.mark.slow
+def test_paths_are_born_where_the_text_changes_and_go_on_from_a_checkpoint(texts, tmp_path):
+    config = replace(
+        TINY, domains=texts, paths=True, curriculum="phases", lr=1e-2, batch_size=8,
+        sequence_length=32, steps=160, evaluate_every=80, save_every=120,
+    )  # fmt: skip
+    said = []
+    whole = train(config, say=said.append)
+    (born,) = [event for event in whole.events if event.act == "spawn"]
+    assert 80 < born.step <= 92 and any("novel text" in line for line in said)
+    at_end_of_first, at_end = (
+        line["bits_per_byte"] for line in whole.history[1:] if line["kind"] == "evaluation"
+    )
+    assert at_end["words"] < at_end_of_first["words"] + 0.15
+    assert at_end["numbers"] < at_end_of_first["numbers"]
+    assert whole.results["experts"] == {"layer": 2}
+
+    def stop(fraction, text):
+        if fraction >= 0.85:
+            raise Enough
+
+    with pytest.raises(Enough):
+        train(config, output=tmp_path, progress=stop)
+    parts = train(config, output=tmp_path)
+    assert_same(whole, parts)
+    assert parts.bits_per_byte == whole.bits_per_byte
 
 
 def test_an_interrupt_leaves_a_checkpoint_of_the_step_it_came_in(texts, tmp_path):
@@ -277,6 +306,9 @@ def test_a_run_that_diverges_says_so(texts):
         ({"grow": True, "experts": 0}, "grow needs experts"),
         ({"rules": ("PruneIdle",)}, "rules are given, but grow is not"),
         ({"grow": True, "rules": ("PruneIdel",)}, "no rule 'PruneIdel': choose from"),
+        ({"grow": True, "paths": True}, "paths grow by themselves"),
+        ({"paths": True, "dropout": 0.1}, "paths take no dropout"),
+        ({"paths": True, "heads": 3}, "num_heads"),
         ({"router": "topq"}, "no router 'topq': did you mean topk?"),
         ({"k": 4}, "TopK"),
         ({"heads": 3}, "num_heads"),

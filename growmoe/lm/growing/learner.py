@@ -35,8 +35,9 @@ class StreamLearner:
     that learns it. An unusual batch waits; when their sum of z-scores raises the alarm (see
     `Suspicion`), all paths are asked about the sequences that wait. If the loss of each one's best
     path is usual for that path, a text has returned: its path is thawed and goes on. Else a new
-    path is born of the nearest and learns them. The old path is frozen either way, so it keeps what it knows to the last bit.
-    If the alarm is not raised, the batches that waited are learned late. Nothing is learned twice.
+    path is born of the nearest and learns them. The old path is frozen either way, so it keeps
+    what it knows to the last bit. If the alarm is not raised, the batches that waited are learned
+    late. Nothing is learned twice.
 
     The learning rate follows each path's own steps, since nobody knows how long a text will go on:
     a linear warm-up, then lr · sqrt(settle / step).
@@ -47,14 +48,15 @@ class StreamLearner:
         warmup: steps over which it rises.
         settle: steps at the highest rate, the warm-up included, before it falls.
         weight_decay: of matrices.
-        clip: the largest norm of the gradient.
+        clip: the largest norm of the gradient; infinity for no limit.
         max_paths: where it is reached, the active path learns whatever comes.
         suspicion: how much it takes to raise the alarm.
 
     Attributes:
         active: the id of the path that learns.
         steps: batches taken in.
-        waiting: unusual batches, not learned yet; at most a few, bounded by the threshold.
+        waiting: unusual batches, not learned yet; at most 32.
+        last_loss: of the last batch taken in, in nats per token, before anything learned it.
 
     Raises:
         ValueError: a setting out of range.
@@ -75,7 +77,7 @@ class StreamLearner:
         if not isinstance(model, GrowingLM):
             raise ValueError(f"model must be a GrowingLM, got {type(model).__name__}")
         for name, value in (("lr", lr), ("warmup", warmup), ("settle", settle), ("clip", clip)):
-            if not 0 < value < math.inf:
+            if not value > 0 or (value == math.inf and name != "clip"):
                 raise ValueError(f"{name} must be positive, got {value!r}")
         if not isinstance(max_paths, int) or max_paths < 1:
             raise ValueError(f"max_paths must be a positive integer, got {max_paths!r}")
@@ -91,6 +93,7 @@ class StreamLearner:
         self.active = max(e.id for e in model.paths)
         self.steps = 0
         self.waiting: list[Tensor] = []
+        self.last_loss = math.nan
 
     def step(self, token_BS1: Tensor) -> list[Event]:
         """Take in a batch: int [B, S + 1], of which the first S tokens predict the last S.
@@ -102,17 +105,22 @@ class StreamLearner:
             ValueError: not token ids of that shape.
             TrainError: the loss is not finite; nothing was learned.
         """
-        if not isinstance(token_BS1, Tensor) or token_BS1.dim() != 2 or token_BS1.shape[1] < 4:
+        if (
+            not isinstance(token_BS1, Tensor)
+            or token_BS1.dim() != 2
+            or token_BS1.shape[1] < 4
+            or token_BS1.is_floating_point()
+        ):
             raise ValueError(
                 f"a batch must be token ids [B, S + 1], S at least 3, got {token_BS1!r:.80}"
             )
         self.model.train()
-        self.steps += 1
         loss_N, loss = self._loss(token_BS1)
         value, usual = float(loss.detach()), self._usual(self.active)
         if not math.isfinite(value):
-            self.steps -= 1
             raise TrainError(f"the loss is not finite at step {self.steps}: a lower lr may help")
+        self.steps += 1
+        self.last_loss = value
         z = usual.z(value) if usual.batches >= _SETTLED else 0.0
         full = self.max_paths == 1
         alarm = self.suspicion.observe(z) and not full

@@ -6,6 +6,7 @@ T tokens    E experts    B sequences    P tokens before each    H buckets
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from growmoe.assignment import Assignment
 from growmoe.experts.expert import Expert
 from growmoe.routers import Entry, Router, Routing
-from growmoe.routers.gate import Context, told
+from growmoe.routers.gate import Context, stacked, told
 
 ALL = -1  # in place of a path's id: every path runs
 
@@ -78,14 +79,14 @@ class PathRouter(Router):
     @torch.no_grad()
     def learn(self, expert: Expert, token_BS: Tensor) -> None:
         """Count the trigrams of what an expert learns: int [B, S]."""
-        counts_H = expert.entries.trigrams
+        counts_H = cast(Tensor, expert.entries.trigrams)
         trigram = self._hash(token_BS).reshape(-1)
         counts_H.index_add_(0, trigram, torch.ones_like(trigram, dtype=counts_H.dtype))
 
     @torch.no_grad()
     def scores(self, token_BP: Tensor, experts: Sequence[Expert]) -> Tensor:
         """Log-likelihood of tokens under each path's counts: int [B, P], P >= 3 -> [B, E]."""
-        counts_EH = torch.stack([e.entries.trigrams for e in experts]).double()  # type: ignore[arg-type]
+        counts_EH = stacked(experts, "trigrams").double()
         log_EH = (counts_EH + 0.5).log() - (
             counts_EH.sum(1, keepdim=True) + 0.5 * self.buckets
         ).log()
