@@ -37,7 +37,6 @@ ORDERS = ("shuffled", "documents")
 RANKS = (16,)
 D_MODEL, LAYERS, HEADS, LENGTH = 64, 2, 4, 128
 WINDOWS = 64  # of each domain's test part, each with as many bytes before it
-BUDGET_MINUTES = 40.0
 
 
 def stream(

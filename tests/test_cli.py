@@ -213,6 +213,15 @@ def test_train_lm_grows_on_embedded_text(run, tmp_path):
     assert config["grow"] and config["rules"] == ["PruneIdle", "SpawnOnNovelty"]
 
 
+def test_train_lm_grows_paths_on_one_text_after_the_other(run, tmp_path):
+    command = [*TINY_LM, "--domains", "english,python", "--bytes-per-domain", 20_000, "--paths"]
+    code, out, _ = run(*command, "--curriculum", "phases", "--output", tmp_path / "run")
+    assert code == 0 and "1 experts" in out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["experts"] == {"layer": 1}
+    assert "english: given before" in (tmp_path / "run" / "sample.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
