@@ -25,6 +25,7 @@ from growmoe.lm.optimize import parameter_groups
 
 _SETTLED = 16  # batches of a path before its losses are judged
 _MOST_WAITING = 32
+_RETURNED = 0.25  # share of the waiting sequences that a path must explain best to be back
 
 
 class StreamLearner:
@@ -49,7 +50,7 @@ class StreamLearner:
         settle: steps at the highest rate, the warm-up included, before it falls.
         weight_decay: of matrices.
         clip: the largest norm of the gradient; infinity for no limit.
-        max_paths: where it is reached, the active path learns whatever comes.
+        max_paths: where it is reached, the nearest path learns what is novel.
         suspicion: how much it takes to raise the alarm.
 
     Attributes:
@@ -161,11 +162,12 @@ class StreamLearner:
         told = f"loss {signals['loss']:.3g} of {len(self.waiting)} batches"
         events: list[Event] = []
         if not self.suspicion.unusual(z):
-            wins = {e.id: int((winner_N == k).sum()) for k, e in enumerate(paths)}
-            del wins[self.active]  # it has raised the alarm
-            if wins:
+            share = {e.id: float((winner_N == k).double().mean()) for k, e in enumerate(paths)}
+            del share[self.active]  # it has raised the alarm
+            best = max(share, key=lambda id: share[id], default=self.active)
+            if share.get(best, 0.0) >= _RETURNED:  # else these were odd batches of its own text
                 reason = f"its text has returned: {told} is usual, z {z:.1f}"
-                events += self._hand_over(max(wins, key=lambda id: wins[id]), reason, signals)
+                events += self._hand_over(best, reason, signals)
         elif len(paths) < self.max_paths:
             reason = f"novel text: {told}, z {z:.1f} > {self.suspicion.slack}"
             born = surgery.spawn(
