@@ -59,6 +59,11 @@ def returning(steps: int) -> list[tuple[str, int]]:
     return [(first, steps), (second, steps), (first, steps // 2), (second, steps // 2)]
 
 
+def easier(steps: int) -> list[tuple[str, int]]:
+    """English, then Python, which a path for English finds no harder than its own text."""
+    return [(DOMAINS[2], steps), (DOMAINS[0], steps)]
+
+
 # What is measured.
 
 
@@ -241,6 +246,7 @@ def cells(steps: int) -> dict[str, Callable[[int], dict[str, Any]]]:
     found["moe-shuffled"] = partial(
         _seeded, dense, phases=sequence(steps), order="shuffled", options=mixture
     )
+    found["easier-shuffled"] = partial(_seeded, grow, phases=easier(steps), order="shuffled")
     found["returns-documents"] = partial(_seeded, grow, phases=returning(steps), order="documents")
     return found
 

@@ -130,6 +130,7 @@ def detection_of(cells: Callable[[str], list[Cell]]) -> list[Row]:
         ("growmoe-documents", ["spawn", "spawn"]),
         ("rank16-shuffled", ["spawn", "spawn"]),
         ("returns-documents", ["spawn", "thaw", "thaw"]),
+        ("easier-shuffled", ["spawn"]),
         ("mixed-shuffled", []),
         ("mixed-documents", []),
     ):
@@ -228,7 +229,9 @@ def plot(cells: Callable[[str], list[Cell]], path: Path) -> None:
         ("dense-shuffled", "", "dense in sequence", "-^", "#d55e00"),
         ("moe-shuffled", "", "fixed MoE in sequence", "--v", "#e69f00"),
     ]
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3), sharex=True, sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, 3, figsize=(9, 3), sharex=True, sharey=True, layout="constrained"
+    )
     for i, (name, ax) in enumerate(zip(small_lm.DOMAINS, axes, strict=True)):
         for cell, gate, label, style, color in shown:
             means = [

@@ -40,6 +40,9 @@ class StreamLearner:
     what it knows to the last bit. If the alarm is not raised, the batches that waited are learned
     late. Nothing is learned twice.
 
+    What it cannot see: a text that the active path finds no harder than its own. It is learned by
+    that path, which then forgets its own text as any model does.
+
     The learning rate follows each path's own steps, since nobody knows how long a text will go on:
     a linear warm-up, then lr · sqrt(settle / step).
 

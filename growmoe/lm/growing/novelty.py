@@ -26,9 +26,9 @@ class Suspicion:
         sum: S.
     """
 
-    slack: float = 1.5
+    slack: float = 2.5
     cap: float = 5.0
-    threshold: float = 10.0
+    threshold: float = 8.0
     sum: float = 0.0
 
     def __post_init__(self) -> None:
