@@ -6,6 +6,7 @@ B sequences    S tokens of each
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import Any, cast
@@ -23,7 +24,7 @@ from growmoe.lm.growing.path import LowRankPath, Path, Usual
 from growmoe.lm.growing.router import PathRouter
 from growmoe.lm.optimize import parameter_groups
 
-_SETTLED = 16  # batches of a path before its losses are judged
+_SETTLED = 16  # batches of a path before others are compared with them
 _MOST_WAITING = 32
 _RETURNED = 0.25  # share of the waiting sequences that a path must explain best to be back
 
@@ -31,17 +32,19 @@ _RETURNED = 0.25  # share of the waiting sequences that a path must explain best
 class StreamLearner:
     """Takes in batches of text, once each, and decides what learns them.
 
-    One path is *active*; the others are frozen. Each batch is measured before it is learned, which
-    costs nothing, since training needs the forward. While its loss is usual for the active path,
-    that learns it. An unusual batch waits; when their sum of z-scores raises the alarm (see
-    `Suspicion`), all paths are asked about the sequences that wait. If the loss of each one's best
-    path is usual for that path, a text has returned: its path is thawed and goes on. Else a new
-    path is born of the nearest and learns them. The old path is frozen either way, so it keeps
-    what it knows to the last bit. If the alarm is not raised, the batches that waited are learned
-    late. Nothing is learned twice.
+    One path is *active*; the others are frozen. Before a batch is learned, its trigrams are
+    compared with all that the active path has learned (`PathRouter.distance`). If it is as far from
+    them as usual, the active path learns it. An unusual batch waits; when their sum of z-scores
+    raises the alarm (see `Suspicion`), each sequence that waits is given to the path that knows its
+    trigrams best. If the batches are about as far as usual from the paths so mixed, a text has
+    returned: its path is thawed and goes on. Else a new path is born, of the one with the lowest
+    loss, and learns them. The old path is frozen either way, so it keeps what it knows to the last
+    bit. If the alarm is not raised, the batches that waited are learned late. Nothing is learned
+    twice.
 
-    What it cannot see: a text that the active path finds no harder than its own. It is learned by
-    that path, which then forgets its own text as any model does.
+    What it cannot see: a change that leaves the frequencies of trigrams as they were. It is learned
+    by the active path, which then forgets its own text as any model does. Batches should be of one
+    size, since a smaller one is less like any text.
 
     The learning rate follows each path's own steps, since nobody knows how long a text will go on:
     a linear warm-up, then lr · sqrt(settle / step).
@@ -60,7 +63,7 @@ class StreamLearner:
         active: the id of the path that learns.
         steps: batches taken in.
         waiting: unusual batches, not learned yet; at most 32.
-        last_loss: of the last batch taken in, in nats per token, before anything learned it.
+        last_loss: of the last batch learned, in nats per token, before it was.
 
     Raises:
         ValueError: a setting out of range.
@@ -86,6 +89,7 @@ class StreamLearner:
         if not isinstance(max_paths, int) or max_paths < 1:
             raise ValueError(f"max_paths must be a positive integer, got {max_paths!r}")
         self.model, self.layer = model, model.layer
+        self.router = cast(PathRouter, model.layer.router)
         self.lr, self.warmup, self.settle, self.clip = lr, warmup, max(settle, warmup), clip
         self.max_paths = max_paths
         self.suspicion = Suspicion() if suspicion is None else suspicion
@@ -118,78 +122,77 @@ class StreamLearner:
             raise ValueError(
                 f"a batch must be token ids [B, S + 1], S at least 3, got {token_BS1!r:.80}"
             )
+        if int(token_BS1.min()) < 0 or int(token_BS1.max()) >= self.model.vocab_size:
+            raise ValueError(f"token ids must lie below vocab_size={self.model.vocab_size}")
         self.model.train()
-        loss_N, loss = self._loss(token_BS1)
-        value, usual = float(loss.detach()), self._usual(self.active)
-        if not math.isfinite(value):
-            raise TrainError(f"the loss is not finite at step {self.steps}: a lower lr may help")
+        usual, z = self._usual(self.active), 0.0
+        if usual.batches >= _SETTLED and self.max_paths > 1:
+            z = (self._distance(token_BS1) - usual.mean) / usual.sd
+        unusual = self.suspicion.unusual(z)
+        if not unusual:
+            self._learn(token_BS1)  # may raise, so comes first
         self.steps += 1
-        self.last_loss = value
-        z = usual.z(value) if usual.batches >= _SETTLED else 0.0
-        full = self.max_paths == 1
-        alarm = self.suspicion.observe(z) and not full
-        if self.suspicion.unusual(z) and not full:
+        alarm = self.suspicion.observe(z)
+        if unusual:
             self.waiting.append(token_BS1.detach())
             if alarm:
                 return self._decide()
             if len(self.waiting) >= _MOST_WAITING:  # so weak a change is learned as it comes
                 self.suspicion.clear()
-                self._learn_waiting()
-            return []
-        usual.observe(value)
-        self._learn(token_BS1, loss_N, loss)
-        if not self.suspicion.sum and self.waiting:
+        if not self.suspicion.sum:
             self._learn_waiting()
         return []
 
     # What is decided.
 
     def _decide(self) -> list[Event]:
-        """Ask all paths about what waits: whose text is it?"""
-        paths = self.model.paths
-        loss_KN = torch.stack([self.losses(self.waiting, e.id) for e in paths]).double()
-        # boundaries fall inside batches, so each sequence is judged by the path that explains it
-        # best; in the unit of z, the spread of that path's loss per batch
-        lowest_N, winner_N = loss_KN.min(0)
+        """Whose text is it that waits?"""
+        paths, router = self.model.paths, self.router
         usual = [self._usual(e.id) for e in paths]
         mean_K = torch.tensor([u.mean for u in usual], dtype=torch.float64)
         sd_K = torch.tensor([u.sd for u in usual], dtype=torch.float64)
-        z = float(((lowest_N - mean_K[winner_N]) / sd_K[winner_N]).mean())
-        nearest = paths[int(loss_KN.mean(1).argmin())].id
-        signals = {
-            "loss": float(lowest_N.mean()),
-            "z": z,
-            "suspicion": self.suspicion.sum,
-            "batches": float(len(self.waiting)),
-        }
-        told = f"loss {signals['loss']:.3g} of {len(self.waiting)} batches"
+        # boundaries fall inside batches, so each sequence is given to a path of its own
+        shares, apart = [], []
+        for token_BS1 in self.waiting:
+            winner_B = router.scores(token_BS1, paths).argmax(1).cpu()
+            share_K = winner_B.bincount(minlength=len(paths)).double() / len(winner_B)
+            distance = router.distance(token_BS1, paths, share_K)
+            apart.append(float((distance - share_K @ mean_K) / (share_K @ sd_K)))
+            shares.append(share_K)
+        z, share_K = statistics.mean(apart), torch.stack(shares).mean(0)
+        signals = {"z": z, "suspicion": self.suspicion.sum, "batches": float(len(self.waiting))}
+        told = f"the trigrams of {len(self.waiting)} batches"
         events: list[Event] = []
-        if not self.suspicion.unusual(z):
-            share = {e.id: float((winner_N == k).double().mean()) for k, e in enumerate(paths)}
+        if not z > self.suspicion.novel:
+            share = dict(zip((e.id for e in paths), share_K.tolist(), strict=True))
             del share[self.active]  # it has raised the alarm
             best = max(share, key=lambda id: share[id], default=self.active)
             if share.get(best, 0.0) >= _RETURNED:  # else these were odd batches of its own text
-                reason = f"its text has returned: {told} is usual, z {z:.1f}"
+                reason = f"its text has returned: {told} are known, z {z:.1f}"
                 events += self._hand_over(best, reason, signals)
-        elif len(paths) < self.max_paths:
-            reason = f"novel text: {told}, z {z:.1f} > {self.suspicion.slack}"
-            born = surgery.spawn(
-                self.layer,
-                nearest,
-                self.optimizer,
-                noise=0.0,
-                admitted=True,
-                step=self.steps,
-                reason=reason,
-                signals=signals,
-            )
-            child = cast(int, born.child)
-            # a change of an ancestor has parameters that its parent has not
-            self.layer.experts[child].body.requires_grad_(True)
-            events += [born, *self._hand_over(child, "", signals)]
-        elif nearest != self.active:
-            reason = f"nearest to novel text, with {self.max_paths} paths: {told}"
-            events += self._hand_over(nearest, reason, signals)
+        else:
+            losses = {e.id: float(self.losses(self.waiting, e.id).mean()) for e in paths}
+            nearest = min(losses, key=lambda id: losses[id])
+            signals["loss"] = losses[nearest]
+            if len(paths) < self.max_paths:
+                reason = f"novel text: {told} are unknown, z {z:.1f} > {self.suspicion.novel}"
+                born = surgery.spawn(
+                    self.layer,
+                    nearest,
+                    self.optimizer,
+                    noise=0.0,
+                    admitted=True,
+                    step=self.steps,
+                    reason=reason,
+                    signals=signals,
+                )
+                child = cast(int, born.child)
+                # a change of an ancestor has parameters that its parent has not
+                self.layer.experts[child].body.requires_grad_(True)
+                events += [born, *self._hand_over(child, "", signals)]
+            elif nearest != self.active:
+                reason = f"nearest to novel text, with {self.max_paths} paths: {told} are unknown"
+                events += self._hand_over(nearest, reason, signals)
         self.suspicion.clear()
         self._learn_waiting()
         return events
@@ -230,25 +233,23 @@ class StreamLearner:
     def _learn_waiting(self) -> None:
         waiting, self.waiting = self.waiting, []
         for token_BS1 in waiting:
-            loss_N, loss = self._loss(token_BS1)
-            self._usual(self.active).observe(float(loss.detach()))
-            self._learn(token_BS1, loss_N, loss)
+            self._learn(token_BS1)
 
-    def _loss(self, token_BS1: Tensor) -> tuple[Tensor, Tensor]:
-        """The active path's loss of each token and its mean, with its graph."""
+    def _learn(self, token_BS1: Tensor) -> None:
+        """The active path takes a step, unless other paths are changes of it."""
+        expert, usual = self.layer.experts[self.active], self._usual(self.active)
         logits_BSV = self.model.path_logits(token_BS1[:, :-1], self.active)
         loss_N = nn.functional.cross_entropy(
             logits_BSV.flatten(0, 1).float(), token_BS1[:, 1:].flatten().long(), reduction="none"
         )
-        return loss_N, loss_N.mean()
-
-    def _learn(self, token_BS1: Tensor, loss_N: Tensor, loss: Tensor) -> None:
-        experts = self.model.paths
-        self.layer.recorder.observe_loss(experts, loss_N)
-        expert = self.layer.experts[self.active]
+        loss = loss_N.mean()
+        if not math.isfinite(float(loss.detach())):
+            raise TrainError(f"the loss is not finite at step {self.steps}: a lower lr may help")
+        self.last_loss = float(loss.detach())
+        usual.observe(self._distance(token_BS1))
+        self.layer.recorder.observe_loss(self.model.paths, loss_N)
         if expert.frozen:
-            return  # an ancestor, whose text has returned
-        usual = self._usual(self.active)
+            return
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(usual.steps)
         loss.backward()
@@ -256,7 +257,7 @@ class StreamLearner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         usual.count_step()
-        cast(PathRouter, self.layer.router).learn(expert, token_BS1)
+        self.router.learn(expert, token_BS1)
 
     def learning_rate(self, step: int) -> float:
         """The rate of a path's step, counted from 0."""
@@ -281,6 +282,10 @@ class StreamLearner:
             return torch.cat(found)
         finally:
             self.model.train()
+
+    def _distance(self, token_BS1: Tensor) -> float:
+        active = self.layer.experts[self.active]
+        return self.router.distance(token_BS1, [active], torch.ones(1))
 
     def _usual(self, id: int) -> Usual:
         return cast(Path | LowRankPath, self.layer.experts[id].body).usual

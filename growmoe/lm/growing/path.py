@@ -25,10 +25,10 @@ _SAMPLED = 32  # tokens of a sequence that a path invents as evidence of what it
 
 
 class Usual(nn.Module):
-    """What a path's loss per batch usually is, as measured on each batch before it was learned.
+    """How far batches of its text usually lie from a path, each measured before it was learned.
 
     Buffers (float64 whatever the model's dtype):
-        values: [4]: running mean and variance of the loss, at rate max(1/16, 1/n); n, how many
+        values: [4]: running mean and variance of the distance, at rate max(1/16, 1/n); n, how many
             batches; how many steps the path has learned.
     """
 
@@ -39,17 +39,13 @@ class Usual(nn.Module):
         super().__init__()
         self.register_buffer("values", torch.zeros(4, dtype=torch.float64))
 
-    def observe(self, loss: float) -> None:
+    def observe(self, distance: float) -> None:
         mean, variance, n, _ = self.values.tolist()
         rate = max(self.RATE, 1 / (n + 1))
-        apart = loss - mean
+        apart = distance - mean
         mean += rate * apart
-        variance += rate * (apart * (loss - mean) - variance) if n else 0.0
+        variance += rate * (apart * (distance - mean) - variance) if n else 0.0
         self.values[:3] = torch.tensor([mean, variance, n + 1], dtype=torch.float64)
-
-    def z(self, loss: float) -> float:
-        """How far a batch's loss lies above the usual one, in standard deviations."""
-        return (loss - self.mean) / self.sd if self.batches else 0.0
 
     @property
     def mean(self) -> float:
@@ -57,7 +53,7 @@ class Usual(nn.Module):
 
     @property
     def sd(self) -> float:
-        """Of the loss per batch; at least 1% of its mean, as a few batches tell it badly."""
+        """At least 1% of the mean, as a few batches tell it badly."""
         return max(math.sqrt(float(self.values[1])), 0.01 * abs(self.mean), 1e-9)
 
     @property

@@ -25,7 +25,8 @@ class PathRouter(Router):
     The context's "path" is the id for each sequence, or `ALL`, which weighs them equally. What it
     knows of a path is how often each trigram of tokens (hashed into H buckets) was learned by it:
     sums, which do not depend on the order of the stream, and which a merge adds exactly. `scores`
-    judges by them, as a naive Bayes classifier with one half added to each count.
+    judges by them, as a naive Bayes classifier with one half added to each count, and `distance`
+    tells how unlike all of them a batch is.
 
     Args:
         buckets: H.
@@ -86,11 +87,25 @@ class PathRouter(Router):
     @torch.no_grad()
     def scores(self, token_BP: Tensor, experts: Sequence[Expert]) -> Tensor:
         """Log-likelihood of tokens under each path's counts: int [B, P], P >= 3 -> [B, E]."""
-        counts_EH = stacked(experts, "trigrams").double()
-        log_EH = (counts_EH + 0.5).log() - (
-            counts_EH.sum(1, keepdim=True) + 0.5 * self.buckets
-        ).log()
-        return log_EH[:, self._hash(token_BP)].sum(-1).T
+        return self._frequencies(experts).log()[:, self._hash(token_BP)].sum(-1).T
+
+    @torch.no_grad()
+    def distance(self, token_BS: Tensor, experts: Sequence[Expert], share_E: Tensor) -> float:
+        """How unlike the text of paths a batch is: 1 − Σ_h √(p_h q_h), in [0, 1].
+
+        The squared Hellinger distance between the frequencies p of its trigrams and those q of what
+        the paths have learned, mixed by shares that sum to 1. Unlike a loss, it also rises where
+        new text is easier than the old. A small batch lies further from everything than a large
+        one, so only batches of one size compare.
+        """
+        frequency_EH = self._frequencies(experts)
+        q_H = share_E.to(frequency_EH) @ frequency_EH
+        count_H = self._hash(token_BS).flatten().bincount(minlength=self.buckets)
+        return 1.0 - float((count_H / count_H.sum() * q_H).sqrt().sum())
+
+    def _frequencies(self, experts: Sequence[Expert]) -> Tensor:
+        counts_EH = stacked(experts, "trigrams").double() + 0.5
+        return counts_EH / counts_EH.sum(1, keepdim=True)
 
     def _hash(self, token_BS: Tensor) -> Tensor:
         a, b, c = token_BS[:, :-2].long(), token_BS[:, 1:-1].long(), token_BS[:, 2:].long()
