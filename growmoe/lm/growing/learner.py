@@ -42,9 +42,9 @@ class StreamLearner:
     bit. If the alarm is not raised, the batches that waited are learned late. Nothing is learned
     twice.
 
-    What it cannot see: a change that leaves the frequencies of trigrams as they were. It is learned
-    by the active path, which then forgets its own text as any model does. Batches should be of one
-    size, since a smaller one is less like any text.
+    What it cannot see: a text of the same trigrams, a part of a mixture that it knows, or a change
+    so slow that each batch is as usual. The active path learns it and forgets as any model does.
+    Batches should be of one size, since a smaller one is less like any text.
 
     The learning rate follows each path's own steps, since nobody knows how long a text will go on:
     a linear warm-up, then lr · sqrt(settle / step).

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,38 @@ def test_a_text_that_returns_is_recognised_and_its_path_goes_on(alphabets):
     assert "returned" in events[-1].reason
     assert learner.active == 0
     assert len(model.paths) == 2
+
+
+@pytest.mark.slow
+def test_a_text_that_the_old_path_finds_no_harder_is_found(alphabets):
+    # after letters drawn evenly, the same letters in turn cost as much as ever
+    drawn = torch.randint(65, 81, (40_000,), generator=torch.Generator().manual_seed(0))
+    in_turn = 65 + torch.arange(40_000) % 16
+    domains = {
+        name: replace(alphabets["low"], train=train.to(torch.uint8))
+        for name, train in (("drawn", drawn), ("in turn", in_turn))
+    }
+    _, _, events = learn(small_stream(domains, ("drawn", 80), ("in turn", 20)))
+    assert [event.act for event in events] == ["spawn", "freeze"]
+    assert 80 < events[0].step <= 90
+
+
+@pytest.mark.slow
+def test_a_text_that_returns_little_by_little_is_recognised(alphabets):
+    phases = ("low", 80), ("high", 80), ("low", 60)
+    stream = TextStream(alphabets, phases, batch_size=8, sequence_length=32, stagger=8)
+    _, learner, events = learn(stream)
+    assert [event.act for event in events] == ["spawn", "freeze", "freeze", "thaw"]
+    assert learner.active == 0
+
+
+def test_odd_batches_that_no_path_finds_novel_are_learned_by_the_active_one(alphabets):
+    model = GrowingLM(**SIZES)
+    learner = StreamLearner(model, lr=1e-2, settle=60, suspicion=Suspicion(novel=1e9))
+    for batch in small_stream(alphabets, ("low", 60), ("high", 20)):
+        assert learner.step(batch) == []
+    assert len(model.paths) == 1
+    assert learner._usual(0).steps + len(learner.waiting) == 80
 
 
 @pytest.mark.parametrize("order", ["shuffled", pytest.param("documents", marks=pytest.mark.slow)])
@@ -203,7 +236,7 @@ def test_suspicion_needs_several_batches_however_odd_one_is():
     assert alarms == [False] * 20 + [True]
 
 
-@pytest.mark.parametrize("setting", [{"slack": 0}, {"slack": 6.0}, {"threshold": 0}])
+@pytest.mark.parametrize("setting", [{"slack": 0}, {"slack": 6.0}, {"threshold": 0}, {"novel": 0}])
 def test_suspicion_refuses_settings_out_of_range(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         Suspicion(**setting)
