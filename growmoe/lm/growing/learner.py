@@ -116,11 +116,12 @@ class StreamLearner:
         if (
             not isinstance(token_BS1, Tensor)
             or token_BS1.dim() != 2
+            or not len(token_BS1)
             or token_BS1.shape[1] < 4
             or token_BS1.is_floating_point()
         ):
             raise ValueError(
-                f"a batch must be token ids [B, S + 1], S at least 3, got {token_BS1!r:.80}"
+                f"a batch must be token ids [B, S + 1], S at least 3: got {token_BS1!r:.80}"
             )
         if int(token_BS1.min()) < 0 or int(token_BS1.max()) >= self.model.vocab_size:
             raise ValueError(f"token ids must lie below vocab_size={self.model.vocab_size}")
@@ -147,24 +148,11 @@ class StreamLearner:
 
     def _decide(self) -> list[Event]:
         """Whose text is it that waits?"""
-        paths, router = self.model.paths, self.router
-        usual = [self._usual(e.id) for e in paths]
-        mean_K = torch.tensor([u.mean for u in usual], dtype=torch.float64)
-        sd_K = torch.tensor([u.sd for u in usual], dtype=torch.float64)
-        # boundaries fall inside batches, so each sequence is given to a path of its own
-        shares, apart = [], []
-        for token_BS1 in self.waiting:
-            winner_B = router.scores(token_BS1, paths).argmax(1).cpu()
-            share_K = winner_B.bincount(minlength=len(paths)).double() / len(winner_B)
-            distance = router.distance(token_BS1, paths, share_K)
-            apart.append(float((distance - share_K @ mean_K) / (share_K @ sd_K)))
-            shares.append(share_K)
-        z, share_K = statistics.mean(apart), torch.stack(shares).mean(0)
+        paths, (z, share) = self.model.paths, self._explained()
         signals = {"z": z, "suspicion": self.suspicion.sum, "batches": float(len(self.waiting))}
         told = f"the trigrams of {len(self.waiting)} batches"
         events: list[Event] = []
-        if not z > self.suspicion.novel:
-            share = dict(zip((e.id for e in paths), share_K.tolist(), strict=True))
+        if z <= self.suspicion.novel:
             del share[self.active]  # it has raised the alarm
             best = max(share, key=lambda id: share[id], default=self.active)
             if share.get(best, 0.0) >= _RETURNED:  # else these were odd batches of its own text
@@ -176,20 +164,7 @@ class StreamLearner:
             signals["loss"] = losses[nearest]
             if len(paths) < self.max_paths:
                 reason = f"novel text: {told} are unknown, z {z:.1f} > {self.suspicion.novel}"
-                born = surgery.spawn(
-                    self.layer,
-                    nearest,
-                    self.optimizer,
-                    noise=0.0,
-                    admitted=True,
-                    step=self.steps,
-                    reason=reason,
-                    signals=signals,
-                )
-                child = cast(int, born.child)
-                # a change of an ancestor has parameters that its parent has not
-                self.layer.experts[child].body.requires_grad_(True)
-                events += [born, *self._hand_over(child, "", signals)]
+                events += self._bear(nearest, reason, signals)
             elif nearest != self.active:
                 reason = f"nearest to novel text, with {self.max_paths} paths: {told} are unknown"
                 events += self._hand_over(nearest, reason, signals)
@@ -197,28 +172,43 @@ class StreamLearner:
         self._learn_waiting()
         return events
 
+    def _explained(self) -> tuple[float, dict[int, float]]:
+        """How far what waits lies above the usual of the paths that know it best; their shares."""
+        paths = self.model.paths
+        usual = [self._usual(e.id) for e in paths]
+        mean_K = torch.tensor([u.mean for u in usual], dtype=torch.float64)
+        sd_K = torch.tensor([u.sd for u in usual], dtype=torch.float64)
+        shares, apart = [], []
+        for token_BS1 in self.waiting:
+            # boundaries fall inside batches, so each sequence is given to a path of its own
+            winner_B = self.router.scores(token_BS1, paths).argmax(1).cpu()
+            share_K = winner_B.bincount(minlength=len(paths)).double() / len(winner_B)
+            distance = self.router.distance(token_BS1, paths, share_K)
+            apart.append(float((distance - share_K @ mean_K) / (share_K @ sd_K)))
+            shares.append(share_K)
+        mean_share = torch.stack(shares).mean(0).tolist()
+        return statistics.mean(apart), {
+            e.id: share for e, share in zip(paths, mean_share, strict=True)
+        }
+
+    def _bear(self, parent: int, reason: str, signals: dict[str, float]) -> list[Event]:
+        """A new path is active from now on."""
+        at: dict[str, Any] = {"step": self.steps, "reason": reason, "signals": signals}
+        born = surgery.spawn(self.layer, parent, self.optimizer, noise=0.0, admitted=True, **at)
+        child = cast(int, born.child)
+        # a change of an ancestor has parameters that its parent has not
+        self.layer.experts[child].body.requires_grad_(True)
+        return [born, *self._hand_over(child, "", signals)]
+
     def _hand_over(self, id: int, reason: str, signals: dict[str, float]) -> list[Event]:
         """Another path is active from now on."""
-        events = []
+        events, at = [], cast(dict[str, Any], {"step": self.steps, "signals": signals})
         if not self.layer.experts[self.active].frozen:
             ended = f"its text has ended: path {id} takes over"
-            events.append(
-                surgery.freeze(
-                    self.layer, [self.active], step=self.steps, reason=ended, signals=signals
-                )
-            )
+            events.append(surgery.freeze(self.layer, [self.active], reason=ended, **at))
         self.active = id
         if self.layer.experts[id].frozen and not self._is_ancestor(id):
-            events.append(
-                surgery.thaw(
-                    self.layer,
-                    [id],
-                    self.optimizer,
-                    step=self.steps,
-                    reason=reason,
-                    signals=signals,
-                )
-            )
+            events.append(surgery.thaw(self.layer, [id], self.optimizer, reason=reason, **at))
         return events
 
     def _is_ancestor(self, id: int) -> bool:

@@ -202,7 +202,8 @@ def test_the_rate_rises_stays_and_falls_with_the_root_of_a_paths_steps():
 def test_a_batch_that_is_none_is_refused_and_changes_nothing():
     learner = StreamLearner(GrowingLM(**SIZES))
     short, floats = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 33)
-    for wrong in (torch.zeros(3), short, floats, [[1, 2]]):
+    empty = torch.zeros(0, 33, dtype=torch.long)
+    for wrong in (torch.zeros(3), short, empty, floats, [[1, 2]]):
         with pytest.raises(ValueError, match="token ids"):
             learner.step(wrong)
     with pytest.raises(ValueError, match="vocab_size"):
