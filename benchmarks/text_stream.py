@@ -262,15 +262,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="batches of each domain")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", help="comma-separated names: run these and write no table")
+    parser.add_argument("--table", action="store_true", help="only write it, of what is done")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/text_stream"))
     arguments = parser.parse_args()
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     names = arguments.only.split(",") if arguments.only else list(cells(arguments.steps))
     order = [f"{name}-seed{seed}" for seed in seeds for name in names]
+    folder = arguments.output / "cells"
+    if arguments.table:
+        order = [cell for cell in order if (folder / f"{cell}.json").exists()]
     done = small_lm.run_cells(
         order,
         partial(work, steps=arguments.steps),
-        arguments.output / "cells",
+        folder,
         arguments.workers,
         shown="cpu_seconds",
     )
