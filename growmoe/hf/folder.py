@@ -109,7 +109,9 @@ def load(path: str | Path, **options: Any) -> Any:
     return model.eval()
 
 
-def save(model: Any, path: str | Path, *, uneven: bool = False, source: Path | None = None) -> None:
+def save(
+    model: Any, path: str | Path, *, uneven: bool = False, source: str | Path | None = None
+) -> None:
     """Write a model to a new folder, whole or not at all.
 
     Args:
@@ -123,7 +125,7 @@ def save(model: Any, path: str | Path, *, uneven: bool = False, source: Path | N
             different numbers of experts.
     """
     with writing(path) as folder:
-        write(model, folder, uneven=uneven, source=source)
+        write(model, folder, uneven=uneven, source=None if source is None else Path(source))
 
 
 def write(model: Any, folder: Path, *, uneven: bool = False, source: Path | None = None) -> None:
