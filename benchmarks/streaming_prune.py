@@ -48,10 +48,13 @@ def make(folder: Path, layers: int, layers_per_file: int = 2) -> int:
     )
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
+    drawn: dict[tuple[int, ...], torch.Tensor] = {}
 
     def weight(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        values = torch.randn(shape, generator=generator) * scale * shape[-1] ** -0.5
-        return values.bfloat16()
+        if shape not in drawn:  # each is drawn once, and then moved along: that is faster
+            drawn[shape] = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+        drawn[shape] = drawn[shape].roll(1, 0)
+        return (drawn[shape] * scale).bfloat16()
 
     def layer(i: int) -> dict[str, torch.Tensor]:
         start, kv = f"model.layers.{i}.", HIDDEN // 4
