@@ -351,7 +351,7 @@ def _read(path: Path) -> dict[str, Any]:
         return _read_file(path)
     content = _read_file(path / MAIN)
     for name in content["shards"]:
-        for part in read_shard(path / name):
+        for _, part in read_shard(path / name):
             content["model"] |= part["model"]
             for saved, state in zip(content["optimizers"], part["state"], strict=True):
                 saved["state"] |= state
@@ -374,8 +374,10 @@ def write_shard(path: Path, parts: dict[str, Any]) -> None:
     _write(path, tensors, {"format": SHARD, "parts": json.dumps(listed)})
 
 
-def read_shard(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[Any]:
-    """The parts that are wanted by name; raises ValueError as `load` does."""
+def read_shard(
+    path: Path, wanted: Callable[[str], bool] = lambda _: True
+) -> Iterator[tuple[str, Any]]:
+    """The parts that are wanted, with their names; raises ValueError as `load` does."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     try:
@@ -388,7 +390,7 @@ def read_shard(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> It
                     own = {n: file.get_tensor(n) for n in names}
                     if _checksum(text, own) != checksum:
                         raise ValueError(f"{path} is damaged: the checksum of {name} is wrong")
-                    yield _decode(json.loads(text), own)
+                    yield name, _decode(json.loads(text), own)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is torn or no shard: {error}") from error
 

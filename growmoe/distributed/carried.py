@@ -85,6 +85,13 @@ def release(expert: Expert, optimizers: Sequence[Optimizer]) -> None:
             o.state.pop(p, None)
 
 
+def materialize(expert: Expert) -> None:
+    """Give an expert that was released memory again, to be filled."""
+    for t in tensors_of(expert).values():
+        if t.untyped_storage().nbytes() < t.nbytes:
+            t.data = torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+
+
 def tensors_in(packet: Packet) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a packet by their path, in order."""
 

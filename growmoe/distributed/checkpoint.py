@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from growmoe import checkpoint
+from growmoe.distributed.carried import materialize
 from growmoe.distributed.parallel import Parallel
 from growmoe.organizer import Organizer
 from growmoe.structure import differs, saved_structure
@@ -67,11 +68,12 @@ def save(
     try:
         _together(parallel, write_shard)
         _together(parallel, write_main)
-    except BaseException:
+    except (OSError, ValueError):
+        # after any other error, as when a worker died, the new main file may be there already
         own.unlink(missing_ok=True)
         raise
     if workers.rank == 0:
-        for old in folder.glob("experts-*.safetensors"):
+        for old in (*folder.glob("experts-*.safetensors"), *folder.glob(".*.safetensors.*")):
             if old.name not in names:
                 old.unlink(missing_ok=True)
 
@@ -99,7 +101,7 @@ def load(
         ValueError: as `growmoe.load`, on all workers. What is found before anything is read into
             the model leaves it as it was.
     """
-    folder, workers, model = Path(path), parallel.workers, parallel.model
+    folder, workers = Path(path), parallel.workers
     found: dict[str, Any] = {}
 
     def read() -> None:
@@ -120,19 +122,25 @@ def load(
                 raise ValueError(f"{folder}: no {key} was saved")
 
     _together(parallel, read)
-    for name, layer in parallel.layers.items():
-        structure = _structure(found, parallel, name)
-        if differs(layer.experts, structure):
-            layer.restructure(structure, experts)
-        layer.experts.settle(parallel.optimizers)
-    _together(parallel, lambda: _take(folder, parallel, found))
+    _restructure(parallel, found, experts)
+    rank = workers.rank
+    held = {n for n, ranks in _holders_by_name(parallel).items() if rank in ranks}
+
+    def take() -> None:
+        parts = (
+            part
+            for shard in found["shards"]
+            for part in checkpoint.read_shard(folder / shard, held.__contains__)
+        )
+        _install(folder, parallel, found, parts)
+
+    _together(parallel, take)
     if organizer is not None:
         organizer.load_state_dict(found["organizer"])
     if scheduler is not None:
         scheduler.load_state_dict(found["scheduler"])
     if random_state and len(found["randoms"]) == workers.size:
         checkpoint._set_random_state(found["randoms"][workers.rank])
-    assert model is parallel.model
     return found["extra"]
 
 
@@ -186,13 +194,13 @@ def _replicated(
 ) -> dict[str, Any]:
     model = parallel.model
     prefixes = tuple(_bodies(parallel, led=False))
-    with parallel.states_open():
+    with parallel.without_bodies():
         state = model.state_dict()
     optimizers = [checkpoint._optimizer_state(o, model) for o in parallel.optimizers]
     for saved in optimizers:
         saved["state"] = {n: s for n, s in saved["state"].items() if not n.startswith(prefixes)}
     return {
-        "model": {k: v for k, v in state.items() if not k.startswith(prefixes)},
+        "model": state,
         "optimizers": optimizers,
         "organizer": None if organizer is None else organizer.state_dict(),
         "scheduler": None if scheduler is None else scheduler.state_dict(),
@@ -201,39 +209,63 @@ def _replicated(
     }
 
 
-def _take(folder: Path, parallel: Parallel, found: dict[str, Any]) -> None:
-    """Read the replicated part and the experts that are held here into the model."""
+def _holders_by_name(parallel: Parallel) -> dict[str, tuple[int, ...]]:
+    """The ranks that hold each body, by its name in the model."""
+    return {
+        f"{_prefix(parallel, name)}experts.{id}.body.": layer.experts.holders[id]
+        for name, layer in parallel.layers.items()
+        for id in layer.experts
+    }
+
+
+def _restructure(
+    parallel: Parallel,
+    found: dict[str, Any],
+    experts: dict[str, Callable[[], nn.Module]] | None,
+) -> None:
+    """Hold an expert for each that was saved; nothing of it is here yet."""
+    for name, layer in parallel.layers.items():
+        structure = _structure(found, parallel, name)
+        if differs(layer.experts, structure):
+            layer.restructure(structure, experts)
+        layer.experts.settle(parallel.optimizers)
+
+
+def _install(
+    where: Any, parallel: Parallel, found: dict[str, Any], parts: Iterable[tuple[str, Any]]
+) -> None:
+    """Take the replicated part and the experts that are held here into the model.
+
+    Args:
+        where: it comes from, for errors.
+        parts: body's name in the model and what `_parts` gave for it; others are left alone.
+    """
     model, prefixes = parallel.model, tuple(_bodies(parallel, led=False))
     held = {
-        f"{_prefix(parallel, name)}experts.{e.id}.body.": e.body
+        f"{_prefix(parallel, name)}experts.{e.id}.body.": e
         for name, layer in parallel.layers.items()
         for e in layer.experts.local()
     }
-    parts = [
-        (key, part)
-        for name in found["shards"]
-        for part in checkpoint.read_shard(folder / name, held.__contains__)
-        for key in held
-        if any(k.startswith(key) for k in part["model"])
-    ]
-    if len(parts) < len(held):
-        raise ValueError(f"{folder}: {len(held) - len(parts)} experts are in no shard")
+    chosen = {name: part for name, part in parts if name in held}
+    if len(chosen) < len(held):
+        raise ValueError(f"{where}: {len(held) - len(chosen)} experts are in no shard")
     plans = [
-        checkpoint._plan(folder, o, model, saved)
+        checkpoint._plan(where, o, model, saved)
         for o, saved in zip(parallel.optimizers, found["optimizers"], strict=True)
     ]
     with parallel.states_open():
         missing, unknown = model.load_state_dict(found["model"], strict=False)
     if wrong := [*unknown, *(k for k in missing if not k.startswith(prefixes))]:
-        raise ValueError(f"{folder} is of another model: {wrong[0]}")
+        raise ValueError(f"{where} is of another model: {wrong[0]}")
     parameters = dict(model.named_parameters())
     for o, (groups, state) in zip(parallel.optimizers, plans, strict=True):
         for group, new in zip(o.param_groups, groups, strict=True):
             group.update(new)
         o.state.clear()
         o.state.update(state)  # type: ignore[arg-type]
-    for key, part in parts:
-        held[key].load_state_dict({k[len(key) :]: v for k, v in part["model"].items()})
+    for name, part in chosen.items():
+        materialize(held[name])
+        held[name].body.load_state_dict({k[len(name) :]: v for k, v in part["model"].items()})
         for o, states in zip(parallel.optimizers, part["state"], strict=True):
             on_device = any(g.get("capturable") or g.get("fused") for g in o.param_groups)
             for n, entry in states.items():

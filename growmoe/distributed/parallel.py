@@ -248,6 +248,19 @@ class Parallel:
             for bank in banks:
                 bank.__dict__["_open"] = False
 
+    @contextmanager
+    def without_bodies(self) -> Iterator[None]:
+        """Inside, the model's `state_dict` is of what is replicated alone."""
+        bodies = [e.body for layer in self.layers.values() for e in layer.experts.values()]
+        with self.states_open():
+            for body in bodies:
+                body.__dict__["state_dict"] = lambda *_, **__: None
+            try:
+                yield
+            finally:
+                for body in bodies:
+                    del body.__dict__["state_dict"]
+
     # Placement.
 
     def pin(self, layer: str, id: int, ranks: int | Sequence[int]) -> None:

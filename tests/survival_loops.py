@@ -1,0 +1,130 @@
+"""Training loops for `growmoe.distributed.fit`: on the same batches with any number of workers."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from distributed_training import ROWS, D, batch
+
+from growmoe import FFN, MoE, Organizer, TopK, aux_loss, moe_layers, surgery
+from growmoe.rules import MergeSimilar, SpawnOnNovelty
+
+
+def build(seed=0, experts=6):
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(D, D),
+        MoE(D, FFN(16), experts, TopK(2), warmup=3, seed=seed),
+        torch.nn.Linear(D, 2),
+    ).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rules = [SpawnOnNovelty(0.5), MergeSimilar(0.95, min_age=20)]
+    organizer = Organizer(model, optimizer, rules, every=10, cooldown=10, tolerance=0.5)
+    return model, optimizer, organizer
+
+
+def act(layer, optimizer, step):
+    """Spawns and prunes at known steps, whatever the organizer does."""
+    if step % 10 == 6 and len(layer.experts) < 9:
+        surgery.spawn(layer, list(layer.experts)[-1], optimizer)
+    if step % 10 == 9 and len(layer.experts) > 6:
+        surgery.prune(layer, [list(layer.experts)[1]], optimizer)
+
+
+def train(config, run):
+    """config: steps, and `at`, a function of (phase, step, run) called at every phase.
+
+    Returns losses by step and all weights and moments.
+    """
+    at = config.get("at") or (lambda *_: None)
+    model, optimizer, organizer = build()
+    layer = next(iter(moe_layers(model).values()))
+    parallel = run.share(model, optimizer, organizer)
+    for step in run.steps(config["steps"]):
+        at("forward", step, run)
+        x, y = map(run.part, batch(step, torch.float64))
+        loss = ((model(x) - y).square().mean() + aux_loss(model)) * run.weight
+        optimizer.zero_grad()
+        at("backward", step, run)
+        loss.backward()
+        parallel.clip_grad_norm(1.0)
+        optimizer.step()
+        at("surgery", step, run)
+        organizer.step(loss.detach())
+        act(layer, optimizer, step)
+        total = parallel.workers.total(loss.detach()).item() / run.size
+        run.extra.setdefault("losses", {})[step] = total
+        run.extra.setdefault("sizes", {})[step] = run.size
+        at("between", step, run)
+    with layer.gathered(None, [optimizer]):
+        state = {n: p.detach().clone() for n, p in model.named_parameters()}
+        for n, p in model.named_parameters():
+            for key, value in optimizer.state.get(p, {}).items():
+                state[f"{n}/{key}"] = value.clone()
+    events = [(e.step, e.act, e.ids, e.child, e.accepted) for e in layer.lineage]
+    return {**run.extra, "state": state, "events": events}
+
+
+def alone(steps):
+    """The same training in one process, without workers."""
+    model, optimizer, organizer = build()
+    layer = next(iter(moe_layers(model).values()))
+    losses = {}
+    for step in range(steps):
+        x, y = batch(step, torch.float64)
+        loss = (model(x) - y).square().mean() + aux_loss(model)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        organizer.step(loss.detach())
+        act(layer, optimizer, step)
+        losses[step] = loss.item()
+    events = [(e.step, e.act, e.ids, e.child, e.accepted) for e in layer.lineage]
+    state = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for n, p in model.named_parameters():
+        for key, value in optimizer.state.get(p, {}).items():
+            state[f"{n}/{key}"] = value.clone()
+    return {"losses": losses, "state": state, "events": events}
+
+
+class Once:
+    """Does something at one step of one rank, once in a run: a file remembers.
+
+    Args:
+        plan: {(phase, step): rank}.
+        what: "kill", "hang" or "raise".
+    """
+
+    def __init__(self, folder, plan, what="kill"):
+        self.folder, self.plan, self.what = str(folder), plan, what
+
+    def __call__(self, phase, step, run):
+        rank = self.plan.get((phase, step))
+        if rank is None or rank != run.rank:
+            return
+        mark = Path(self.folder) / f"{phase}-{step}"
+        if mark.exists():
+            return
+        mark.touch()
+        if self.what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.what == "hang":
+            time.sleep(1000)
+        raise ValueError("a mistake in the loop")
+
+
+class Resize:
+    """Asks for other numbers of workers: {step: number}."""
+
+    def __init__(self, plan):
+        self.plan = plan
+
+    def __call__(self, phase, step, run):
+        if phase == "between" and step in self.plan:
+            run.resize(self.plan[step])
+
+
+assert ROWS
