@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import torch
-from distributed_training import ROWS, D, batch
+from distributed_training import D, batch
 
 from growmoe import FFN, MoE, Organizer, TopK, aux_loss, moe_layers, surgery
 from growmoe.rules import MergeSimilar, SpawnOnNovelty
@@ -27,9 +27,9 @@ def build(seed=0, experts=6):
 
 def act(layer, optimizer, step):
     """Spawns and prunes at known steps, whatever the organizer does."""
-    if step % 10 == 6 and len(layer.experts) < 9:
+    if step % 20 == 6 and len(layer.experts) < 9:
         surgery.spawn(layer, list(layer.experts)[-1], optimizer)
-    if step % 10 == 9 and len(layer.experts) > 6:
+    if step % 20 == 16 and len(layer.experts) > 6:
         surgery.prune(layer, [list(layer.experts)[1]], optimizer)
 
 
@@ -125,6 +125,3 @@ class Resize:
     def __call__(self, phase, step, run):
         if phase == "between" and step in self.plan:
             run.resize(self.plan[step])
-
-
-assert ROWS

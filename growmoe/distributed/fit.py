@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from growmoe.distributed.member import Run, Settings
+from growmoe.distributed.progress import bar
 from growmoe.distributed.supervisor import Launcher, Result, Supervisor
 
 
@@ -26,6 +27,7 @@ def fit(
     rebalance: bool = True,
     on: Literal["ray", "processes"] = "ray",
     address: str | None = None,
+    progress: bool | None = None,
     watch: Callable[[dict[str, Any]], None] = lambda status: None,
 ) -> Result:
     """Train with the experts shared out among workers, some of which may die, leave or join.
@@ -71,6 +73,7 @@ def fit(
         on: "processes" runs the workers on this machine without Ray.
         address: of a Ray cluster; `RAY_ADDRESS`, a running one or a new one on this machine if
             left out.
+        progress: one bar for all workers; on a terminal if left out.
         watch: told of each status (a dict of step, workers, imbalance …).
 
     Raises:
@@ -110,12 +113,18 @@ def fit(
         launcher.check(least, start_timeout)
     else:
         raise ValueError(f"on must be 'ray' or 'processes', got {on!r}")
-    return Supervisor(
-        launcher,
-        least,
-        most,
-        timeout=timeout,
-        start_timeout=start_timeout,
-        max_failures=max_failures,
-        watch=watch,
-    ).run()
+    with bar(progress) as draw:
+
+        def tell(status: dict[str, Any]) -> None:
+            draw(status)
+            watch(status)
+
+        return Supervisor(
+            launcher,
+            least,
+            most,
+            timeout=timeout,
+            start_timeout=start_timeout,
+            max_failures=max_failures,
+            watch=tell,
+        ).run()

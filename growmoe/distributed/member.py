@@ -12,7 +12,6 @@ import json
 import pickle
 import platform
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,7 +93,8 @@ class Run:
         self._random: Any = None
         self._shared = False
         self._said: dict[str, Any] = {}
-        self._begun = time.monotonic()
+        self._values: dict[str, float] = {}
+        self._total = 0
 
     def share(
         self,
@@ -151,6 +151,7 @@ class Run:
         """
         if not self._shared:
             raise RuntimeError("steps: call run.share(model, …) first")
+        self._total = total
         before = self._snapshots.kept[-1] if self._snapshots.kept else None
         first = self._take()
         self._snapshots.wait()
@@ -190,7 +191,7 @@ class Run:
 
     def report(self, **values: float) -> None:
         """Numbers to be shown beside the progress, from the first worker."""
-        self._said |= values
+        self._values |= values
 
     # What happens between steps.
 
@@ -264,6 +265,8 @@ class Run:
             "kind": kind,
             "generation": self.generation,
             "step": self.step,
+            "total": self._total,
+            "values": self._values,
             "workers": self.size,
             "rank": self.rank,
             "load": own / max(len(loads), 1),
@@ -347,7 +350,7 @@ def work(
             distributed.barrier()
             said = {"kind": "finished"}
             if members[0] == worker:
-                store.set("value", pickle.dumps(value))
+                store.set("value", pickle.dumps(value))  # type: ignore[arg-type]
         except Regroup:
             said = {"kind": "regroup"}
         except Exception as error:
@@ -388,5 +391,14 @@ def _of_communication(error: BaseException) -> bool:
     if isinstance(error, distributed.DistError):
         return True
     text = str(error).lower()
-    signs = ("connection", "gloo", "nccl", "timed out", "timeout", "peer", "socket", "process group")
+    signs = (
+        "connection",
+        "gloo",
+        "nccl",
+        "timed out",
+        "timeout",
+        "peer",
+        "socket",
+        "process group",
+    )
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

@@ -141,9 +141,10 @@ class Snapshots:
         """Go on in a new group; all workers call it. They have no copies of each other yet."""
         self.parallel, self.generation = parallel, generation
         workers = parallel.workers
+        whole: Any = workers.group
         # on the CPU and apart from the training's collectives, whatever these run on
-        self.group = distributed.new_group(
-            [distributed.get_global_rank(workers.group, r) for r in range(workers.size)],
+        self.group: Any = distributed.new_group(
+            [distributed.get_global_rank(whole, r) for r in range(workers.size)],
             backend="gloo",
         )
         self._there, self._theirs = {}, {}
@@ -310,11 +311,11 @@ class Snapshots:
         for name, layer in parallel.layers.items():
             bank, holders = layer.experts, held[name]
             if size != size_then:
-                records = {
-                    id: found["model"][f"{shards._prefix(parallel, name)}experts.{id}.statistics.record"]
+                where = f"{shards._prefix(parallel, name)}experts"
+                loads = {
+                    id: float(found["model"][f"{where}.{id}.statistics.record"][LOAD])
                     for id in holders
-                }  # fmt: skip
-                loads = {id: float(record[LOAD]) for id, record in records.items()}
+                }
                 holders = settled(holders, loads, now_of, size)
             bank.holders = {id: tuple(r) for id, r in holders.items()}
             bank.settle(parallel.optimizers)

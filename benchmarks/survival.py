@@ -1,0 +1,241 @@
+"""Kills workers at random while they train, and measures what the run loses by it.
+
+    python benchmarks/survival.py --kills 50 --output benchmarks/results/survival.json
+
+Every worker writes into shared memory what it is doing: forward, backward, surgery, snapshot,
+checkpoint. When the last recovery is complete (each expert has a second copy again), a phase, a
+worker and a delay are drawn, and once that worker is in that phase it gets `kill -9`. At the end the
+losses of all steps are compared with those of the same run without kills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import random
+import signal
+import statistics
+import struct
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+import growmoe
+from growmoe import FFN, MoE, Organizer, TopK, aux_loss, surgery
+from growmoe.distributed import checkpoint, fit
+from growmoe.distributed.snapshots import Snapshots
+from growmoe.rules import MergeSimilar, SpawnOnNovelty
+
+PHASES = ("forward", "backward", "surgery", "snapshot", "checkpoint")
+D, ROWS, SLOT = 16, 48, struct.Struct("qqqq")  # pid, phase, step, generation
+
+
+class Board:
+    """What each worker is doing, in a file mapped into all processes."""
+
+    def __init__(self, path: str, ranks: int) -> None:
+        self.path, self.ranks = path, ranks
+        if not os.path.exists(path):
+            Path(path).write_bytes(bytes(SLOT.size * ranks))
+        with open(path, "r+b") as file:
+            self.memory = mmap.mmap(file.fileno(), 0)
+
+    def write(self, rank: int, phase: int, step: int, generation: int) -> None:
+        SLOT.pack_into(self.memory, SLOT.size * rank, os.getpid(), phase, step, generation)
+
+    def read(self, rank: int) -> tuple[int, int, int, int]:
+        return SLOT.unpack_from(self.memory, SLOT.size * rank)
+
+
+def build() -> tuple[torch.nn.Module, torch.optim.Optimizer, Organizer]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(D, D),
+        MoE(D, FFN(32), 8, TopK(2), warmup=5, seed=0),
+        torch.nn.Linear(D, 2),
+    ).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rules = [SpawnOnNovelty(0.5), MergeSimilar(0.95, min_age=20)]
+    return model, optimizer, Organizer(model, optimizer, rules, every=25, cooldown=25)
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(step)
+    x = torch.randn(ROWS, D, generator=draw, dtype=torch.float64) + (3 if step % 80 > 40 else 0)
+    return x, torch.stack([x.sin().sum(1), x.cos().sum(1)], 1)
+
+
+def train(config, run):
+    """One worker; returns the loss of every step."""
+    board = Board(config["board"], config["workers"])
+    now = {"step": 0}
+
+    def at(phase: str) -> None:
+        board.write(run.rank, PHASES.index(phase), now["step"], run.generation)
+
+    def watched(function, phase):
+        def call(*args, **options):
+            at(phase)
+            try:
+                return function(*args, **options)
+            finally:
+                board.write(run.rank, -1, now["step"], run.generation)
+
+        return call
+
+    run._snapshots.take = watched(Snapshots.take.__get__(run._snapshots), "snapshot")
+    run._snapshots.wait = watched(Snapshots.wait.__get__(run._snapshots), "snapshot")
+    if not hasattr(checkpoint.save, "plain"):
+        plain = checkpoint.save
+
+        def save(*args, **options):
+            return save.now(*args, **options)
+
+        save.plain = plain
+        checkpoint.save = save
+    checkpoint.save.now = watched(checkpoint.save.plain, "checkpoint")
+
+    model, optimizer, organizer = build()
+    parallel = run.share(model, optimizer, organizer)
+    layer = model[1]
+    for step in run.steps(config["steps"]):
+        now["step"] = step
+        with open(f"{config['board']}.{run.rank}", "a") as file:
+            file.write(f"{step}\n")
+        at("forward")
+        x, y = map(run.part, batch(step))
+        loss = ((model(x) - y).square().mean() + aux_loss(model)) * run.weight
+        at("backward")
+        optimizer.zero_grad()
+        loss.backward()
+        parallel.clip_grad_norm(1.0)
+        optimizer.step()
+        at("surgery")
+        organizer.step(loss.detach())
+        if step % 8 == 3 and len(layer.experts) < 12:
+            surgery.spawn(layer, list(layer.experts)[-1], optimizer)
+        if step % 8 == 7 and len(layer.experts) > 8:
+            surgery.prune(layer, [list(layer.experts)[1]], optimizer)
+        total = parallel.workers.total(loss.detach()).item() / run.size
+        run.extra.setdefault("losses", {})[step] = total
+    board.write(run.rank, -2, now["step"], run.generation)
+    # who is alive and who was born, to be told from the lineage
+    alive = layer.lineage.replay()
+    return {"losses": run.extra["losses"], "alive": alive, "experts": list(layer.experts)}
+
+
+class Killer(threading.Thread):
+    """Kills one worker after the other, each when the run has recovered from the last."""
+
+    def __init__(self, board: Board, kills: int, seed: int) -> None:
+        super().__init__(daemon=True)
+        self.board, self.kills, self.draw = board, kills, random.Random(seed)
+        self.done: list[dict[str, object]] = []
+        self.settled = threading.Event()
+
+    def watch(self, status: dict) -> None:
+        self.status = status
+        if status["generation"] > (self.done[-1]["generation"] if self.done else 0):
+            self.settled.set()
+
+    def run(self) -> None:
+        while len(self.done) < self.kills:
+            self.settled.wait()
+            self.settled.clear()
+            phase = len(self.done) % len(PHASES)
+            rank = self.draw.randrange(self.board.ranks)
+            wait = self.status["step"] + self.draw.randrange(1, 12)
+            generation = self.status["generation"]
+            while True:
+                pid, now, step, of = self.board.read(rank)
+                if (now, of) == (phase, generation) and step >= wait:
+                    time.sleep(self.draw.uniform(0, 0.004))
+                    break
+                time.sleep(0.0002)
+            _, now, step, _ = self.board.read(rank)
+            os.kill(pid, signal.SIGKILL)
+            self.done.append(
+                {"wanted": PHASES[phase], "phase": PHASES[now] if now >= 0 else "between",
+                 "step": step, "rank": rank, "generation": generation}
+            )  # fmt: skip
+
+
+def measure(workers: int, kills: int, steps: int, repeat: int, seed: int, folder: str) -> dict:
+    options = {
+        "num_workers": workers, "repeat": repeat, "on": "processes", "checkpoint_every": 10,
+        "rebalance": False, "timeout": 60.0,
+    }  # fmt: skip
+    results = {}
+    for name in ("undisturbed", "killed"):
+        path = os.path.join(folder, name)
+        board = Board(path, workers)
+        killer = Killer(board, kills, seed)
+        if name == "killed":
+            killer.start()
+        start = time.monotonic()
+        result = fit(
+            train, {"board": path, "workers": workers, "steps": steps},
+            checkpoint=path + ".run", watch=killer.watch, **options,
+        )  # fmt: skip
+        results[name] = (result, time.monotonic() - start, killer.done)
+    plain, (result, seconds, done) = results["undisturbed"], results["killed"]
+    a, b = plain[0].value["losses"], result.value["losses"]
+    times = [r.seconds for r in result.recoveries]
+    runs = [int(s) for s in Path(folder, "killed.0").read_text().split()]
+    return {
+        "workers": workers,
+        "steps": steps,
+        "repeat": repeat,
+        "kills": len(done),
+        "kills_by_phase": {
+            p: sum(k["phase"] == p for k in done) for p in (*PHASES, "between")
+        },
+        "recoveries": len(result.recoveries),
+        "recovery_seconds": {
+            "median": statistics.median(times), "max": max(times), "all": times,
+        },
+        "restored_bit_for_bit": sum(r.exact is True for r in result.recoveries),
+        "most_steps_repeated": max(r.repeated for r in result.recoveries),
+        "steps_repeated_in_all": len(runs) - steps,
+        "experts_lost": len(set(result.value["alive"]) ^ set(result.value["experts"])),
+        "final_loss": {"undisturbed": a[steps - 1], "killed": b[steps - 1]},
+        "largest_difference_of_any_loss": max(abs(a[s] - b[s]) for s in a),
+        "same_experts_at_the_end": plain[0].value["experts"] == result.value["experts"],
+        "seconds": {"undisturbed": plain[1], "killed": seconds},
+        "each": done,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=0, help="enough for the kills if left out")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    steps = arguments.steps or 22 * arguments.kills + 40
+    with tempfile.TemporaryDirectory() as folder:
+        result = {
+            "command": " ".join(["python", *sys.argv]),
+            "versions": {"torch": torch.__version__, "growmoe": growmoe.__version__},
+            **measure(
+                arguments.workers, arguments.kills, steps, arguments.repeat, arguments.seed, folder
+            ),
+        }
+    print(json.dumps({k: v for k, v in result.items() if k != "each"}, indent=1))
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
