@@ -4,8 +4,8 @@
 
 Every worker writes into shared memory what it is doing: forward, backward, surgery, snapshot,
 checkpoint. When the last recovery is complete (each expert has a second copy again), a phase, a
-worker and a delay are drawn, and once that worker is in that phase it gets `kill -9`. At the end the
-losses of all steps are compared with those of the same run without kills.
+worker and a delay are drawn, and once that worker is in that phase it gets `kill -9`. At the end
+the losses of all steps are compared with those of the same run without kills.
 """
 
 from __future__ import annotations

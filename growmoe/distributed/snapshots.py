@@ -61,11 +61,12 @@ class Packet:
         return cls(text, tuple(layout), data)
 
     def value(self) -> Any:
-        """What it was made of; tensors are views on the packet."""
+        """What it was made of, copied."""
         tensors = {}
         for name, dtype, shape, first in self.layout:
             size = torch.Size(shape).numel() * dtype.itemsize
-            tensors[name] = self.data[first : first + size].view(dtype).view(shape)
+            # not a view: Generator.set_state reads a tensor's storage from its beginning
+            tensors[name] = self.data[first : first + size].view(dtype).view(shape).clone()
         return checkpoint._decode(json.loads(self.text), tensors)
 
     def same(self, other: Packet | None) -> bool:

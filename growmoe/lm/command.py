@@ -137,6 +137,9 @@ def train_lm(
         float, _option(_RUN, "Seconds after which to stop; 0: none.")
     ] = TrainConfig.time_limit,
     device: Annotated[str, _option(_RUN, "cpu, cuda or auto.")] = TrainConfig.device,
+    workers: Annotated[
+        int, _option(_RUN, "Workers on Ray to share the experts out among; 0: none.", min=0)
+    ] = 0,
 ) -> None:
     """Train a small mixture-of-experts language model on text."""
     config = TrainConfig(
@@ -179,14 +182,16 @@ def train_lm(
         device=device,
         seed=seed,
     )
+    command = shlex.join(["growmoe", *sys.argv[1:]])
     with progress_bar(Console(stderr=True)) as (progress, say):
-        run = train(
-            config,
-            output=output,
-            command=shlex.join(["growmoe", *sys.argv[1:]]),
-            progress=progress,
-            say=say,
-        )
+        if workers:
+            from growmoe.lm.workers import train_on_workers
+
+            run = train_on_workers(
+                config, workers, output=output, command=command, progress=progress, say=say
+            )
+        else:
+            run = train(config, output=output, command=command, progress=progress, say=say)
     _print(run, Console())
 
 

@@ -52,7 +52,7 @@ def back_and_forth(rank, size):
     then = everything(run)  # while it is under way
     snapshots.wait()
     advance(run, rank, size, 8, 10)  # a spawn, a prune
-    surgery.freeze(layer, [list(layer.experts)[0]])
+    surgery.freeze(layer, [next(iter(layer.experts))])
     found = snapshots.restore(run.organizer)
     now = everything(run)
     sent = snapshots.sent
