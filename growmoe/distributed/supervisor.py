@@ -291,9 +291,10 @@ class Supervisor:
         }
         recovery = Recovery(gone, "; ".join(sorted(reasons)))
         self.recoveries.append(recovery)
-        self._open = (recovery, noticed)
+        self._open = None  # the one before may never have been complete
         self._gather(self.members)
         recovery.workers = len(self.members)
+        self._open = (recovery, noticed)
 
     def _regroup(self) -> None:
         stay = json.loads(self.store.get(f"wanted/{self.generation}"))
