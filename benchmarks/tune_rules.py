@@ -3,8 +3,9 @@
     python benchmarks/tune_rules.py --trials 8 --cpus 2
 
 An example: the search space and `trial` are what one would change. Each trial trains a tiny
-language model (`growmoe.lm`), one CPU each, on seeds from 100 up, and reports bits per byte
-as it goes. What counts is the mean over domains on validation text; test text and the first hundred seeds stay unseen.
+language model (`growmoe.lm`), one CPU each, on seeds from 100 up, and reports bits per byte as it
+goes. What counts is the mean over domains on validation text; test text and the first hundred
+seeds stay unseen.
 """
 
 from __future__ import annotations

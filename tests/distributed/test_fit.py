@@ -1,13 +1,16 @@
 """A run survives its workers."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from survival_loops import Once, Resize, alone, train
 
-from growmoe.distributed import ClusterError, Run, WorkerError, fit
+from growmoe.distributed import ClusterError, Run, WorkerError, actors, fit
+from growmoe.distributed.dashboard import dashboard
 from growmoe.distributed.member import Settings, versions
 from growmoe.distributed.progress import text_of
 from growmoe.distributed.supervisor import Supervisor
@@ -159,3 +162,10 @@ def test_parts_cover_the_batch_and_weights_make_up_for_uneven_ones():
     assert mean == pytest.approx(3.5)
     with pytest.raises(ValueError, match="2 rows cannot be divided among 3"):
         one_part(2, 0, 3)
+
+
+def test_every_panel_asks_for_a_metric_that_workers_tell():
+    told = Path(actors.__file__).read_text()
+    for panel in dashboard()["panels"]:
+        (name,) = re.findall(r"ray_(growmoe_[a-z_]+)", panel["targets"][0]["expr"])
+        assert f'"{name.removesuffix("_total")}"' in told
