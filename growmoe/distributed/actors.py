@@ -118,7 +118,8 @@ class Actors:
         self.ray.kill(self.actors[worker], no_restart=True)
 
     def close(self) -> None:
-        self.ray.wait(list(self.running), num_returns=len(self.running), timeout=5)
+        if self.running:
+            self.ray.wait(list(self.running), num_returns=len(self.running), timeout=5)
         for actor in self.actors.values():
             self.ray.kill(actor, no_restart=True)
         if self.ours:

@@ -253,7 +253,7 @@ class Supervisor:
     def _recover(self, gone: list[int]) -> None:
         """After deaths or errors: hear the living, then go on with them."""
         noticed = time.monotonic()
-        patience = noticed + min(self.timeout, 10.0) if not gone else noticed + self.timeout + 5
+        patience = noticed + self.timeout + 1  # one that is not in a collective takes as long
         self._fill()
         while True:
             self._look()
