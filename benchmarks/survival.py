@@ -1,11 +1,14 @@
 """Kills workers at random while they train, and measures what the run loses by it.
 
-    python benchmarks/survival.py --kills 50 --output benchmarks/results/survival.json
+    for seed in 0 1 2 3 4; do
+        python benchmarks/survival.py --kills 10 --seed $seed --output benchmarks/results/survival.json
+    done
 
 Every worker writes into shared memory what it is doing: forward, backward, surgery, snapshot,
-checkpoint. When the last recovery is complete (each expert has a second copy again), a phase, a
-worker and a delay are drawn, and once that worker is in that phase it gets `kill -9`. At the end
-the losses of all steps are compared with those of the same run without kills.
+checkpoint. When the last recovery is complete (each expert has a second copy again), a worker and a
+delay are drawn, and once that worker is in the phase whose turn it is it gets `kill -9`. At the end
+the losses of all steps are compared with those of one process that trains without workers. Each
+call adds a run to the file.
 """
 
 from __future__ import annotations
@@ -71,6 +74,30 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.stack([x.sin().sum(1), x.cos().sum(1)], 1)
 
 
+def act(layer: MoE, optimizer: torch.optim.Optimizer, step: int) -> None:
+    if step % 10 == 3 and len(layer.experts) < 12:
+        surgery.spawn(layer, list(layer.experts)[-1], optimizer)
+    if step % 10 == 8 and len(layer.experts) > 8:
+        surgery.prune(layer, [list(layer.experts)[1]], optimizer)
+
+
+def alone(steps: int) -> dict:
+    """The same training in this process."""
+    model, optimizer, organizer = build()
+    layer, losses = model[1], {}
+    for step in range(steps):
+        x, y = batch(step)
+        loss = (model(x) - y).square().mean() + aux_loss(model)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        organizer.step(loss.detach())
+        act(layer, optimizer, step)
+        losses[step] = loss.item()
+    return {"losses": losses, "experts": list(layer.experts)}
+
+
 def train(config, run):
     """One worker; returns the loss of every step."""
     board = Board(config["board"], config["workers"])
@@ -118,10 +145,7 @@ def train(config, run):
         optimizer.step()
         at("surgery")
         organizer.step(loss.detach())
-        if step % 8 == 3 and len(layer.experts) < 12:
-            surgery.spawn(layer, list(layer.experts)[-1], optimizer)
-        if step % 8 == 7 and len(layer.experts) > 8:
-            surgery.prune(layer, [list(layer.experts)[1]], optimizer)
+        act(layer, optimizer, step)
         total = parallel.workers.total(loss.detach()).item() / run.size
         run.extra.setdefault("losses", {})[step] = total
     board.write(run.rank, -2, now["step"], run.generation)
@@ -150,7 +174,7 @@ class Killer(threading.Thread):
             self.settled.clear()
             phase = len(self.done) % len(PHASES)
             rank = self.draw.randrange(self.board.ranks)
-            wait = self.status["step"] + self.draw.randrange(1, 12)
+            wait = self.status["step"] + self.draw.randrange(1, 6)
             generation = self.status["generation"]
             while True:
                 pid, now, step, of = self.board.read(rank)
@@ -160,6 +184,7 @@ class Killer(threading.Thread):
                 time.sleep(0.0002)
             _, now, step, _ = self.board.read(rank)
             os.kill(pid, signal.SIGKILL)
+            print(f"kill {len(self.done) + 1}: {PHASES[phase]} at step {step}", file=sys.stderr)
             self.done.append(
                 {"wanted": PHASES[phase], "phase": PHASES[now] if now >= 0 else "between",
                  "step": step, "rank": rank, "generation": generation}
@@ -167,71 +192,92 @@ class Killer(threading.Thread):
 
 
 def measure(workers: int, kills: int, steps: int, repeat: int, seed: int, folder: str) -> dict:
-    options = {
-        "num_workers": workers, "repeat": repeat, "on": "processes", "checkpoint_every": 10,
-        "rebalance": False, "timeout": 60.0,
-    }  # fmt: skip
-    results = {}
-    for name in ("undisturbed", "killed"):
-        path = os.path.join(folder, name)
-        board = Board(path, workers)
-        killer = Killer(board, kills, seed)
-        if name == "killed":
-            killer.start()
-        start = time.monotonic()
-        result = fit(
-            train, {"board": path, "workers": workers, "steps": steps},
-            checkpoint=path + ".run", watch=killer.watch, **options,
-        )  # fmt: skip
-        results[name] = (result, time.monotonic() - start, killer.done)
-    plain, (result, seconds, done) = results["undisturbed"], results["killed"]
-    a, b = plain[0].value["losses"], result.value["losses"]
-    times = [r.seconds for r in result.recoveries]
-    runs = [int(s) for s in Path(folder, "killed.0").read_text().split()]
+    path = os.path.join(folder, "board")
+    board = Board(path, workers)
+    killer = Killer(board, kills, seed)
+    killer.start()
+    start = time.monotonic()
+    result = fit(
+        train, {"board": path, "workers": workers, "steps": steps}, on="processes",
+        num_workers=workers, repeat=repeat, checkpoint=path + ".run", checkpoint_every=5,
+        timeout=60.0, watch=killer.watch,
+    )  # fmt: skip
+    seconds = time.monotonic() - start
+    one, value = alone(steps), result.value
+    done = [int(line) for line in Path(path + ".0").read_text().split()]
     return {
+        "seed": seed,
         "workers": workers,
         "steps": steps,
         "repeat": repeat,
-        "kills": len(done),
+        "seconds": seconds,
+        "machine_load": os.getloadavg()[1],
+        "kills": killer.done,
+        "recoveries": [
+            {"seconds": r.seconds, "exact": r.exact, "repeated": r.repeated, "step": r.step}
+            for r in result.recoveries
+        ],
+        "steps_done_by_first_worker": len(done),
+        "experts_by_lineage": value["alive"],
+        "experts_at_end": value["experts"],
+        "experts_of_one_process": one["experts"],
+        "final_loss": value["losses"][steps - 1],
+        "final_loss_of_one_process": one["losses"][steps - 1],
+        "largest_difference_of_a_loss": max(
+            abs(value["losses"][s] - loss) for s, loss in one["losses"].items()
+        ),
+    }
+
+
+def summary(runs: list[dict]) -> dict:
+    kills = [kill for run in runs for kill in run["kills"]]
+    recoveries = [r for run in runs for r in run["recoveries"]]
+    seconds = [r["seconds"] for r in recoveries]
+    return {
+        "kills": len(kills),
         "kills_by_phase": {
-            p: sum(k["phase"] == p for k in done) for p in (*PHASES, "between")
+            p: sum(k["phase"] == p for k in kills) for p in (*PHASES, "between")
         },
-        "recoveries": len(result.recoveries),
-        "recovery_seconds": {
-            "median": statistics.median(times), "max": max(times), "all": times,
-        },
-        "restored_bit_for_bit": sum(r.exact is True for r in result.recoveries),
-        "most_steps_repeated": max(r.repeated for r in result.recoveries),
-        "steps_repeated_in_all": len(runs) - steps,
-        "experts_lost": len(set(result.value["alive"]) ^ set(result.value["experts"])),
-        "final_loss": {"undisturbed": a[steps - 1], "killed": b[steps - 1]},
-        "largest_difference_of_any_loss": max(abs(a[s] - b[s]) for s in a),
-        "same_experts_at_the_end": plain[0].value["experts"] == result.value["experts"],
-        "seconds": {"undisturbed": plain[1], "killed": seconds},
-        "each": done,
+        "recoveries": len(recoveries),
+        "recovery_seconds": {"median": statistics.median(seconds), "max": max(seconds)},
+        "restored_bit_for_bit": sum(r["exact"] is True for r in recoveries),
+        "restored_before_the_first_snapshot": sum(r["exact"] is None for r in recoveries),
+        "most_steps_repeated": max(r["repeated"] for r in recoveries),
+        "experts_lost": sum(
+            len(set(run["experts_by_lineage"]) - set(run["experts_at_end"])) for run in runs
+        ),
+        "largest_difference_of_a_loss": max(r["largest_difference_of_a_loss"] for r in runs),
+        "final_losses": [[r["final_loss"], r["final_loss_of_one_process"]] for r in runs],
+        "machine_load": [run["machine_load"] for run in runs],
     }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--workers", type=int, default=3)
-    parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument("--repeat", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=0, help="enough for the kills if left out")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    steps = arguments.steps or 22 * arguments.kills + 40
+    steps = 14 * arguments.kills + 10
+    runs = []
+    if arguments.output and arguments.output.exists():
+        runs = json.loads(arguments.output.read_text())["runs"]
     with tempfile.TemporaryDirectory() as folder:
-        result = {
-            "command": " ".join(["python", *sys.argv]),
-            "versions": {"torch": torch.__version__, "growmoe": growmoe.__version__},
-            **measure(
+        runs.append(
+            measure(
                 arguments.workers, arguments.kills, steps, arguments.repeat, arguments.seed, folder
-            ),
-        }
-    print(json.dumps({k: v for k, v in result.items() if k != "each"}, indent=1))
+            )
+        )
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "versions": {"torch": torch.__version__, "growmoe": growmoe.__version__},
+        "summary": summary(runs),
+        "runs": runs,
+    }
+    print(json.dumps(result["summary"], indent=1))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
