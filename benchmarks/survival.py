@@ -1,7 +1,7 @@
 """Kills workers at random while they train, and measures what the run loses by it.
 
     for seed in 0 1 2 3 4; do
-        python benchmarks/survival.py --kills 10 --seed $seed --output benchmarks/results/survival.json
+        python benchmarks/survival.py --seed $seed --output benchmarks/results/survival.json
     done
 
 Every worker writes into shared memory what it is doing: forward, backward, surgery, snapshot,
@@ -262,15 +262,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     steps = 14 * arguments.kills + 10
+    with tempfile.TemporaryDirectory() as folder:
+        run = measure(
+            arguments.workers, arguments.kills, steps, arguments.repeat, arguments.seed, folder
+        )
     runs = []
     if arguments.output and arguments.output.exists():
         runs = json.loads(arguments.output.read_text())["runs"]
-    with tempfile.TemporaryDirectory() as folder:
-        runs.append(
-            measure(
-                arguments.workers, arguments.kills, steps, arguments.repeat, arguments.seed, folder
-            )
-        )
+    runs.append(run)
     result = {
         "command": " ".join(["python", *sys.argv]),
         "versions": {"torch": torch.__version__, "growmoe": growmoe.__version__},
