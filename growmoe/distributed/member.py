@@ -155,9 +155,11 @@ class Run:
         before = self._snapshots.kept[-1] if self._snapshots.kept else None
         first = self._take()
         self._snapshots.wait()
-        self.parallel.workers.objects(None)  # from here on any one worker may die
-        if before is not None:
-            self._said["exact"] = _agree(before, first)
+        exact = None if before is None else _agree(before, first)
+        # all are here: from now on any one worker may die
+        said = [value for value in self.parallel.workers.objects(exact) if value is not None]
+        if said:
+            self._said["exact"] = all(said)
         if self._random is not None:
             plain._set_random_state(self._random)
         self._tell("settled")
