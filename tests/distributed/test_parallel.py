@@ -209,6 +209,20 @@ def test_bad_input_is_refused_on_every_worker():
             assert part in message
 
 
+def wrapped(rank, size):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = make()
+    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    return raised(expert_parallel, model)
+
+
+def test_fsdp_around_a_layer_is_refused_with_the_reason():
+    for said in on_workers(2, wrapped):
+        assert "FSDP, which keeps its own list of the parameters" in said
+
+
 def test_without_a_process_group_it_says_what_to_do():
     assert "init_process_group" in raised(expert_parallel, make())
 
