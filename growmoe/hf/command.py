@@ -32,7 +32,7 @@ def prune_folder(options: Options, progress: Progress, say: Any) -> Report:
         if not streams(options, available_bytes()):
             return _in_memory(options, progress, say)
         say(f"{options.model}: layer by layer, then tensor by tensor")
-        return prune_streaming(options, texts_of(options), progress, say)
+        return prune_streaming(options, texts_of(options), progress)
 
 
 def merge_folder(options: Options, progress: Progress, say: Any) -> Report:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -47,7 +46,7 @@ def why_not(options: Options) -> str | None:
     return None
 
 
-def prune_streaming(options: Options, texts: Texts, progress: Progress, say: Any) -> Report:
+def prune_streaming(options: Options, texts: Texts, progress: Progress) -> Report:
     """Prune a folder into a new one, with one decoder layer in memory at a time.
 
     Raises:

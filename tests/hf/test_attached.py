@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import growmoe
 from growmoe import hf, surgery
 from growmoe.compress import CompressError, next_token_loss, prune
+from growmoe.rules.rule import Proposal
 
 EVERY = sorted(OWN)
 
@@ -122,6 +123,31 @@ def test_it_grows_an_expert_that_learns_alone(family: str, tmp_path: Path) -> No
     again = loaded(tmp_path / "grown")
     assert {layer.count for layer in hf.layers_of(again)} == {9}
     assert torch.allclose(logits(again, tokens()), logits(model, tokens()), atol=1e-5)
+
+
+class CloneTheBusiest:
+    def propose(self, signals: Any) -> list[Proposal]:
+        busiest = max(signals.ids, key=lambda id: signals.of(id)["rows"])
+        return [Proposal("spawn", (busiest,), "the busiest")]
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
+def test_an_organizer_grows_it_while_it_trains(family: str) -> None:
+    model = hf.attach(tiny(family), warmup=2).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    organizer = growmoe.Organizer(
+        model, optimizer, [CloneTheBusiest()], every=3, max_experts=10, cooldown=0
+    )
+    events = []
+    for _ in range(12):
+        loss = next_token_loss(model, tokens()).mean() + growmoe.aux_loss(model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        events += organizer.step(loss)
+    layers = growmoe.moe_layers(model)
+    assert {len(layer.experts) for layer in layers.values()} == {10}
+    assert sum(event.act == "spawn" and event.accepted for event in events) == 2 * len(layers)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "granitemoe"])
