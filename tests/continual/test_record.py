@@ -173,3 +173,12 @@ def test_methods_fill_the_curves_that_they_can(name):
     assert (cell.routing is None) == (name in ("naive", "replay", "lwf", "si"))
     assert set(dataclasses.asdict(cell)) >= {"drifts", "class_routing"}
     assert METHODS[name] and record.answers(object())
+
+
+def test_tests_of_a_domain_that_returns_are_asked_once_for_each_row():
+    stream = rows(family=permuted, drift="recurring", scenario="domain", visits=2)
+    recorder = Recorder(stream, Subject(lambda x, i: torch.zeros(len(x), 6)), points=0)
+    asked = []
+    recorder._accuracy = lambda j, task, index: asked.append(j) or 0.5
+    recorder.test()
+    assert recorder.matrix == [[0.5] * 6] and sorted(asked) == [0, 1, 2]

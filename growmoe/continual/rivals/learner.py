@@ -197,8 +197,10 @@ def run_learner(stream: Stream, progress: Progress, learner: Learner, budget: Bu
 
 
 def _subject(stream: Stream, learner: Learner) -> Subject:
+    told = TASK_LABELS in learner.needs and isinstance(learner, TaskLearner)
+
     def scores(images: Tensor, task: int) -> Tensor:
-        if TASK_LABELS in learner.needs and isinstance(learner, TaskLearner):
+        if told and isinstance(learner, TaskLearner):
             return learner.of_task(images, task)
         return learner(images)
 
@@ -208,6 +210,7 @@ def _subject(stream: Stream, learner: Learner) -> Subject:
         ready=lambda: learner.ready,
         shares=learner.shares,
         births=lambda: learner.births,
+        told=told,
     )
 
 
