@@ -24,17 +24,17 @@ _COLUMNS = {
     "needs": "",
 }
 # the second table, of what was measured on the way: the quantity in results.json, its names for the
-# file and the terminal, and what one of it is
+# file and the terminal, and by what it is multiplied
 _ON_THE_WAY = {
-    "anytime_accuracy": ("any-time accuracy", "any-time", 0.01),
-    "prequential_accuracy": ("prequential accuracy", "prequent", 0.01),
-    "prediction_flops": ("MFLOPs per prediction", "MFLOPs", 1e6),
-    "peak_memory_bytes": ("peak memory (MB)", "peak MB", 1e6),
-    "specialisation": ("specialisation by domain", "domains", 0.01),
-    "class_specialisation": ("by class", "", 0.01),
-    "drifts_found": ("drifts found", "found", 1),
-    "detection_delay": ("delay (examples)", "delay", 1),
-    "drifts_false_alarms": ("false alarms", "false", 1),
+    "anytime_accuracy": ("any-time accuracy", "any-time", 100.0),
+    "prequential_accuracy": ("prequential accuracy", "prequent", 100.0),
+    "prediction_flops": ("MFLOPs per prediction", "MFLOPs", 1e-6),
+    "peak_memory_bytes": ("peak memory (MB)", "peak MB", 1e-6),
+    "specialisation": ("specialisation by domain", "domains", 100.0),
+    "class_specialisation": ("by class", "", 100.0),
+    "drifts_found": ("drifts found", "found", 1.0),
+    "detection_delay": ("delay (examples)", "delay", 1.0),
+    "drifts_false_alarms": ("false alarms", "false", 1.0),
 }
 
 
@@ -48,11 +48,11 @@ class _Table:
     note: str
 
 
-def _percent(value: Mapping[str, float | None] | None, unit: float = 0.01) -> str:
+def _percent(value: Mapping[str, float | None] | None, scale: float = 100.0) -> str:
     if value is None or value["mean"] is None:
         return "–"
-    text = f"{value['mean'] / unit:.1f}"
-    return text if value["ci95"] is None else f"{text} ± {value['ci95'] / unit:.1f}"
+    text = f"{scale * value['mean']:.1f}"
+    return text if value["ci95"] is None else f"{text} ± {scale * value['ci95']:.1f}"
 
 
 def _count(number: float) -> str:
@@ -201,7 +201,7 @@ def csv_table(results: Mapping[str, Any]) -> str:
 
 def _shorter(text: str, column: str) -> str:
     """Only accuracies keep their interval in a narrow second table."""
-    bare = column in {short for _, short, unit in _ON_THE_WAY.values() if unit != 0.01}
+    bare = column in {short for _, short, scale in _ON_THE_WAY.values() if scale != 100.0}
     return text.partition(" ± ")[0] if bare or column == "domains" else text.replace(" ± ", "±")
 
 
