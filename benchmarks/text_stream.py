@@ -1,6 +1,6 @@
 """A language model on a stream of text domains: what it forgets, learns, costs and finds by itself.
 
-    python benchmarks/text_stream.py                     # 3 seeds, about 35 CPU-minutes
+    python benchmarks/text_stream.py                     # 3 seeds, about 40 CPU-minutes
     python benchmarks/text_stream.py --seeds 1 --first-seed 100 --output /tmp/tuning   # to tune
 
 Bytes of Python sources, then C++ headers, then English documentation, each once; nobody tells the
