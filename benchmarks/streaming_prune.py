@@ -27,8 +27,8 @@ HIDDEN, FFN, EXPERTS, HEADS, VOCABULARY = 1024, 2048, 16, 16, 259
 TEXT = "".join(f"The {n}th of these lines differs from the {n - 1}th.\n" for n in range(4000))
 
 
-def make(folder: Path, layers: int, layers_per_file: int = 2) -> int:
-    """Write the checkpoint, a few layers at a time; the bytes of its weights."""
+def make(folder: Path, layers: int, layers_per_file: int = 2) -> None:
+    """Write the checkpoint, a few layers at a time."""
     folder.mkdir(parents=True)
     config = transformers.MixtralConfig(
         vocab_size=VOCABULARY,
@@ -91,7 +91,6 @@ def make(folder: Path, layers: int, layers_per_file: int = 2) -> int:
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     _tokenizer(folder)
-    return total
 
 
 def _tokenizer(folder: Path) -> None:
@@ -141,22 +140,29 @@ def run(place: Path, samples: int, length: int) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, required=True, help="a new folder with 8 GB of room")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        required=True,
+        help="a folder with 8 GB of room, emptied at the end; a checkpoint in it is used",
+    )
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--output", type=Path, help="a folder for streaming_prune.json")
     options = parser.parse_args()
-    options.work.mkdir(parents=True)
+    options.work.mkdir(parents=True, exist_ok=True)
     try:
-        size = make(options.work / "model", options.layers)
+        if not (options.work / "model").exists():
+            make(options.work / "model", options.layers)
+        index = json.loads((options.work / "model" / "model.safetensors.index.json").read_text())
         (options.work / "text.txt").write_text(TEXT)
         found = {
             "command": " ".join(["python", *sys.argv]),
             "machine": f"{platform.machine()}, one thread",
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "checkpoint_bytes": size,
+            "checkpoint_bytes": index["metadata"]["total_size"],
             "layers": options.layers,
             "experts_per_layer": EXPERTS,
             "sequences": [options.samples, options.length],

@@ -227,7 +227,7 @@ def _order(name: str, layer: Attached) -> list[int]:
     router: Any = layer.moe.router
     order = router.order(experts)
     if None in order:
-        sizes = [int(expert.entries.group) for expert in experts]  # type: ignore[arg-type]
+        sizes = [router.group_of(expert) for expert in experts]
         raise CompressError(
             f"{name}: its {router.groups} groups hold "
             f"{[sizes.count(g) for g in range(router.groups)]} experts; transformers would take "

@@ -47,6 +47,7 @@ class TransformersRouter(Router):
         self.groups = family.groups_of(config)[0]
         self.module: Any = module
         self.paths = {entry_name(path): path for path in rows}
+        self._groups: dict[int, tuple[tuple[int, int], int]] = {}
         self.learns = {path: value.requires_grad for path, value in rows.items()}
 
     @property
@@ -79,22 +80,22 @@ class TransformersRouter(Router):
     ) -> Routing:
         order = self.order(experts)
         rows = {path: self._stacked(name, experts, order) for name, path in self.paths.items()}
+        offset = None
+        if None in order or any(expert.admission < 1 for expert in experts):
+            offset = self._spread(admission_E, order).log()
+            if self.family.correction is not None:
+                rows_E = rows[self.family.correction]
+                shut = (offset == -torch.inf).expand_as(rows_E)
+                rows[self.family.correction] = rows_E.masked_fill(shut, -torch.inf)
         weight = rows[f"{self.family.router}.weight"]
-        offset = torch.full((len(order),), -torch.inf, device=x_TD.device)
-        place_E = torch.tensor([order.index(e) for e in range(len(experts))], device=x_TD.device)
-        offset[place_E] = admission_E.to(offset).log()
-        if self.family.correction is not None:
-            path = self.family.correction
-            shut = (offset == -torch.inf).expand_as(rows[path])
-            rows[path] = rows[path].masked_fill(shut, -torch.inf)
-        whole = len(order) == len(experts) and all(e.admission >= 1 for e in experts)
-        with self._lent(rows), nullcontext() if whole else OffsetLogits(weight, offset):
+        with self._lent(rows), nullcontext() if offset is None else OffsetLogits(weight, offset):
             x_TD = x_TD.clone() if self.training else x_TD  # some add noise in place
             more = [rows[name] for name in self.family.arguments]
             logits_TE, weight_TK, expert_TK = self.module(x_TD, *more)
         if self.groups > 1:
             expert_TK = self._unpadded(expert_TK, order)
-            logits_TE = logits_TE[:, place_E]
+            place = [order.index(e) for e in range(len(experts))]
+            logits_TE = logits_TE[:, torch.tensor(place, device=logits_TE.device)]
         logits_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
         probs_TE = logits_TE.sigmoid() if self.family.sigmoid else logits_TE.softmax(-1)
         assignment = Assignment.from_choice(expert_TK, weight_TK, len(experts))
@@ -106,9 +107,24 @@ class TransformersRouter(Router):
             return list(range(len(experts)))
         members: list[list[int | None]] = [[] for _ in range(self.groups)]
         for e, expert in enumerate(experts):
-            members[int(expert.entries.group)].append(e)  # type: ignore[arg-type]
+            members[self.group_of(expert)].append(e)
         width = max(max(map(len, members)), self.family.group_best)
         return [e for group in members for e in group + [None] * (width - len(group))]
+
+    def group_of(self, expert: Expert) -> int:
+        """The number of an expert's group, read from its device once."""
+        group: Any = expert.entries.group
+        now = (id(group), group._version)
+        if self._groups.get(expert.id, (None, 0))[0] != now:
+            self._groups[expert.id] = (now, int(group))
+        return self._groups[expert.id][1]
+
+    def _spread(self, value_E: Tensor, order: Sequence[int | None]) -> Tensor:
+        """Values of the experts in the router's order, 0 for what fills up."""
+        if self.groups == 1:
+            return value_E
+        place = torch.tensor([-1 if e is None else e for e in order], device=value_E.device)
+        return torch.cat([value_E, value_E.new_zeros(1)])[place]
 
     def _stacked(self, name: str, experts: Sequence[Expert], order: Sequence[int | None]) -> Tensor:
         values: list[Tensor] = [getattr(expert.entries, name) for expert in experts]
