@@ -161,17 +161,16 @@ class Killer(threading.Thread):
         super().__init__(daemon=True)
         self.board, self.kills, self.draw = board, kills, random.Random(seed)
         self.done: list[dict[str, object]] = []
-        self.settled = threading.Event()
+        self.status: dict = {}
 
     def watch(self, status: dict) -> None:
         self.status = status
-        if status["generation"] > (self.done[-1]["generation"] if self.done else 0):
-            self.settled.set()
 
     def run(self) -> None:
         while len(self.done) < self.kills:
-            self.settled.wait()
-            self.settled.clear()
+            last = self.done[-1]["generation"] if self.done else 0
+            while self.status.get("generation", 0) <= last:  # not yet recovered
+                time.sleep(0.005)
             phase = len(self.done) % len(PHASES)
             rank = self.draw.randrange(self.board.ranks)
             wait = self.status["step"] + self.draw.randrange(1, 6)
