@@ -199,7 +199,7 @@ def measure(workers: int, kills: int, steps: int, repeat: int, seed: int, folder
     result = fit(
         train, {"board": path, "workers": workers, "steps": steps}, on="processes",
         num_workers=workers, repeat=repeat, checkpoint=path + ".run", checkpoint_every=5,
-        timeout=60.0, watch=killer.watch,
+        timeout=60.0, max_failures=kills, watch=killer.watch,
     )  # fmt: skip
     seconds = time.monotonic() - start
     one, value = alone(steps), result.value

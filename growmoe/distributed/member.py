@@ -12,6 +12,7 @@ import json
 import pickle
 import platform
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -375,10 +376,9 @@ def _next(store: distributed.Store, worker: int, after: int) -> tuple[int, list[
     """The next generation that has this worker, or None if it is to go."""
     key, belongs = f"members/{after + 1}", after > 0
     while True:
-        try:
-            store.wait([key], timedelta(seconds=5))
-        except distributed.DistStoreError:
-            continue  # a time-out; a supervisor that is gone raises DistNetworkError
+        # not store.wait, which warns each time it gives up
+        while not store.check([key]):  # raises DistNetworkError if the supervisor is gone
+            time.sleep(0.02)
         members = json.loads(store.get(key))
         if not members or (belongs and worker not in members):
             return None
