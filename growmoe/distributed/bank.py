@@ -229,7 +229,7 @@ class ShardedBank(ExpertBank):
         loads = [[0.0, 0, rank] for rank in range(self.workers.size)]
         for id, expert in self.items():
             if id != newborn:
-                for rank in self.holders[id]:
+                for rank in self.holders.get(id, ()):  # none yet: born at the same time
                     loads[rank][0] += expert.statistics["load"] / len(self.holders[id])
                     loads[rank][1] += 1
         return int(min(loads)[2])

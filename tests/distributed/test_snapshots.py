@@ -53,6 +53,7 @@ def back_and_forth(rank, size):
     snapshots.wait()
     advance(run, rank, size, 8, 10)  # a spawn, a prune
     surgery.freeze(layer, [next(iter(layer.experts))])
+    surgery.prune(layer, list(layer.experts)[-3:], run.optimizer)  # several to be built again
     found = snapshots.restore(run.organizer)
     now = everything(run)
     sent = snapshots.sent
