@@ -32,6 +32,8 @@ from growmoe.continual.suite import SUITES, judge, read_targets, targets_table  
 from growmoe.continual.table import print_table  # noqa: E402
 from growmoe.lm import TrainError  # noqa: E402
 from growmoe.lm.command import train_lm  # noqa: E402
+from growmoe.report.command import report, watch  # noqa: E402
+from growmoe.report.run import ReportError  # noqa: E402
 
 app = typer.Typer(
     help="Grow mixtures of experts, and measure what they remember.",
@@ -196,6 +198,10 @@ app.command("merge")(merge_command)
 app.command("inspect")(inspect_command)
 
 
+app.command("report")(report)
+app.command("watch")(watch)
+
+
 @app.command("streams")
 def list_streams() -> None:
     """List the streams that can be learned."""
@@ -222,7 +228,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("growmoe: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    except (UserError, BenchError, DataError, TrainError, CompressError, ImportError) as error:
+    except (
+        UserError, BenchError, DataError, TrainError, CompressError, ReportError, ImportError,
+    ) as error:  # fmt: skip
         _fail(str(error))
     except BrokenPipeError:
         sys.exit(1)

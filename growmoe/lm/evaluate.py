@@ -96,7 +96,8 @@ def unigram_bits(domain: Domain, vocab_size: int, split: Split = "test") -> floa
 
 
 def expert_use(model: nn.Module) -> dict[str, Any]:
-    """Of each MoE layer: its experts, max over mean of their running loads, share of rows dropped.
+    """Of each MoE layer: how many experts, max over mean of their running loads, the share of rows
+    dropped, and each expert's share of the rows.
 
     All are of the last training forwards, as the layer's recorder saw them.
     """
@@ -105,6 +106,7 @@ def expert_use(model: nn.Module) -> dict[str, Any]:
         "experts": {name: len(layer.experts) for name, layer in layers.items()},
         "imbalance": {name: imbalance(layer) for name, layer in layers.items()},
         "dropped": {name: float(layer.recorder.dropped[0]) for name, layer in layers.items()},
+        "load": {name: shares(layer) for name, layer in layers.items()},
     }
 
 
@@ -113,3 +115,10 @@ def imbalance(layer: MoE) -> float:
     load_E = layer.recorder.records(list(layer.experts.values()))["load"]
     total = float(load_E.sum())
     return float(load_E.max()) * len(load_E) / total if total else 1.0
+
+
+def shares(layer: MoE) -> dict[str, float]:
+    """Expert id -> its share of the running load, rounded for a log."""
+    load_E = layer.recorder.records(list(layer.experts.values()))["load"]
+    share_E = (load_E / load_E.sum().clamp_min(1e-12)).tolist()
+    return {str(id): round(share, 4) for id, share in zip(layer.experts, share_E, strict=True)}

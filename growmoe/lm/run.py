@@ -15,6 +15,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,15 @@ def _short(value: Any) -> str:
 
 
 def events_of(model: nn.Module) -> list[Any]:
-    """The lineage of all layers, by step."""
-    events = [event for layer in moe_layers(model).values() for event in layer.lineage]
+    """The lineage of all layers, by step, each event with the name that its layer has in the model.
+
+    A layer does not know its name when it begins, and its first event says so.
+    """
+    events = [
+        replace(event, layer=name)
+        for name, layer in moe_layers(model).items()
+        for event in layer.lineage
+    ]
     return sorted(events, key=lambda event: event.step)
 
 
