@@ -140,6 +140,9 @@ def train_lm(
     workers: Annotated[
         int, _option(_RUN, "Workers on Ray to share the experts out among; 0: none.", min=0)
     ] = 0,
+    tensorboard: Annotated[
+        bool, _option(_RUN, "Scalars and histograms for TensorBoard, in the run's folder.")
+    ] = False,
 ) -> None:
     """Train a small mixture-of-experts language model on text."""
     config = TrainConfig(
@@ -183,6 +186,13 @@ def train_lm(
         seed=seed,
     )
     command = shlex.join(["growmoe", *sys.argv[1:]])
+    if workers and tensorboard:
+        raise TrainError("--tensorboard does not go with --workers")
+    board = None
+    if tensorboard:
+        from growmoe.report.board import Board
+
+        board = Board(output / "tensorboard")
     with progress_bar(Console(stderr=True)) as (progress, say):
         if workers:
             from growmoe.lm.workers import train_on_workers
@@ -191,7 +201,14 @@ def train_lm(
                 config, workers, output=output, command=command, progress=progress, say=say
             )
         else:
-            run = train(config, output=output, command=command, progress=progress, say=say)
+            run = train(
+                config,
+                output=output,
+                command=command,
+                progress=progress,
+                say=say,
+                listen=(lambda line: None) if board is None else board.line,
+            )
     _print(run, Console())
 
 

@@ -48,10 +48,11 @@ class Loop:
         folder: RunFolder | None = None,
         progress: Callable[[float, str], None] = lambda fraction, text: None,
         say: Callable[[str], None] = lambda text: None,
+        listen: Callable[[Mapping[str, Any]], None] = lambda line: None,
     ) -> None:
         self.config, self.model, self.domains = config, model, domains
         self.device, self.folder = device, folder
-        self.progress, self.say = progress, say
+        self.progress, self.say, self.listen = progress, say, listen
         torch.manual_seed(config.seed)
         self.learner = None
         self.organizer = None
@@ -251,6 +252,7 @@ class Loop:
         self.history.append(line)
         if self.folder is not None:
             self.folder.log(line)
+        self.listen(line)
 
     def save(self) -> None:
         if self.folder is None:

@@ -72,6 +72,7 @@ def train(
     command: str = "",
     progress: Callable[[float, str], None] = lambda fraction, text: None,
     say: Callable[[str], None] = lambda text: None,
+    listen: Callable[[Mapping[str, Any]], None] = lambda line: None,
 ) -> Run:
     """Train as `config` says; with a folder, go on where the same call was stopped.
 
@@ -90,6 +91,7 @@ def train(
         command: kept in config.json.
         progress: told the fraction done and how it goes.
         say: told, in one line, of evaluations and of what the organizer did.
+        listen: given each line of the log as it is written, such as `report.board.Board.line`.
 
     Raises:
         TrainError: the run cannot be done as asked, or has diverged.
@@ -111,7 +113,7 @@ def train(
     identity["data"] = {name: domain.digest() for name, domain in domains.items()}
     folder = None if output is None else RunFolder(output, identity, command)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
-        loop = Loop(config, model, domains, organizer_rules, device, folder, progress, say)
+        loop = Loop(config, model, domains, organizer_rules, device, folder, progress, say, listen)
         loop.begin()
         if folder is not None and loop.step == config.steps and (done := folder.results()):
             say("finished before: nothing was trained")

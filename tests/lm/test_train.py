@@ -323,3 +323,18 @@ def test_a_wrong_option_is_refused_before_anything_is_written(texts, tmp_path, o
         train(replace(TINY, **{"domains": texts, **options}), output=tmp_path / "run")
     assert message in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_gets_losses_bits_and_loads(texts, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from growmoe.report.board import Board
+
+    board = Board(tmp_path / "run" / "tensorboard")
+    train(replace(TINY, domains=texts), output=tmp_path / "run", listen=board.line)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert {"loss", "lr"} <= set(events.Tags()["scalars"])
+    assert any(name.startswith("bits_per_byte/") for name in events.Tags()["scalars"])
+    assert any(name.startswith("load/") for name in events.Tags()["histograms"])
