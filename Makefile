@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND ?= Agg
 
-.PHONY: setup bench test test-fast lint types clean
+.PHONY: setup bench test test-fast lint types docs tutorials clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
@@ -35,6 +35,13 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+# The reference, from docstrings; a warning fails it.
+docs: setup
+	$(BIN)/python -W error::UserWarning:pdoc -m pdoc --docformat google -o build/docs growmoe
+
+tutorials: setup
+	$(BIN)/python tutorials/execute.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -64,6 +64,7 @@ class EMA:
                         p.copy_(own[name])
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The averages by the names of the model."""
         return {name: a.clone() for name, a in self.average.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -60,6 +60,7 @@ class Event:
         return f"step {self.step}: {layer} {what}{why}{cost}"
 
     def to_json(self) -> dict[str, Any]:
+        """Its fields in JSON types."""
         return asdict(self)
 
     @classmethod
@@ -90,6 +91,7 @@ class Lineage:
         return len(self.events)
 
     def add(self, event: Event) -> Event:
+        """Append an event; gives it back."""
         self.events.append(event)
         return event
 

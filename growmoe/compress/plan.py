@@ -63,6 +63,7 @@ class Plan:
         return self.removed / self.total
 
     def left(self, name: str) -> int:
+        """How many experts the layer of this name keeps."""
         return len(self.sizes[name].ids) - len(self.remove.get(name, ()))
 
 

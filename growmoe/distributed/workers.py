@@ -82,6 +82,7 @@ class Workers:
                 )
 
     def average_after_backward(self) -> None:
+        """Call `after_backward` once, when the running backward has ended."""
         if not self.queued:
             self.queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self.after_backward)

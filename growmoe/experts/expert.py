@@ -136,9 +136,13 @@ class Kind(Protocol):
         generator: torch.Generator,
         device: torch.device,
         dtype: torch.dtype,
-    ) -> nn.Module: ...
+    ) -> nn.Module:
+        """Another of this kind, with new weights drawn from `generator`."""
+        ...
 
-    def merged(self, others: Sequence[Any], weights: Sequence[float]) -> nn.Module: ...
+    def merged(self, others: Sequence[Any], weights: Sequence[float]) -> nn.Module:
+        """One made of this and the others, each counting by its weight, this one's first."""
+        ...
 
 
 def fresh_body(

@@ -64,6 +64,7 @@ class Statistics(nn.Module):
         return float(self.record[_INDEX[field]])
 
     def view(self, record: Tensor | None = None) -> RecordView:
+        """The parts of this record, or of another of the same layout, by name."""
         return RecordView(self.record if record is None else record, self.d_model)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Statistics:

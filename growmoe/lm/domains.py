@@ -38,12 +38,14 @@ class Domain:
     num_bytes: tuple[int, int, int]
 
     def tokens(self, split: Split) -> Tensor:
+        """The token ids of a part, [N]."""
         if split not in SPLITS:
             raise TrainError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         tokens: Tensor = getattr(self, split)
         return tokens
 
     def tokens_per_byte(self, split: Split) -> float:
+        """How many tokens stand for a byte of text, on average."""
         return len(self.tokens(split)) / max(1, self.num_bytes[SPLITS.index(split)])
 
     def digest(self) -> str:

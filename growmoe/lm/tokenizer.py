@@ -22,9 +22,11 @@ class Tokenizer(Protocol):
 
     vocab_size: int
 
-    def encode(self, text: str, /) -> Any: ...
+    def encode(self, text: str, /) -> Any:
+        """Text -> token ids."""
 
-    def decode(self, ids: list[int], /) -> str: ...
+    def decode(self, ids: list[int], /) -> str:
+        """Token ids -> text."""
 
 
 class ByteTokenizer:
