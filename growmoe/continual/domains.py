@@ -32,8 +32,8 @@ class Domain(nn.Module):
 
     Inputs are [view, features], [N, V + D]. The first domain of a stream has an expert for every
     label, an inner `MoE` of `Moments`; one that is born later sums all labels up together, which
-    takes a C-th of the memory. On a few thousand inputs both are equally good; on more, experts of
-    their own are better.
+    takes a C-th of the memory. On a few thousand inputs that costs a point or nothing; on more,
+    experts of their own are better.
 
     Args:
         num_labels: C.
