@@ -6,6 +6,7 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,9 @@ def test_what_a_docstring_says_of_arguments_is_of_arguments_that_exist(room: str
     assert wrong == []
 
 
-WITH_EXAMPLES = sorted(path for path in ROOT.rglob("*.py") if ">>>" in path.read_text())
+WITH_EXAMPLES = sorted(
+    path for path in ROOT.rglob("*.py") if re.search(r"^ *>>> ", path.read_text(), flags=re.M)
+)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ CLIP = 2.0  # sd from the mean beyond which a distance counts as if it lay there
 CLIPPED_SD = 0.96  # of a normal variable clipped so, in sd of the variable
 STALE = 0.05  # growth of a domain's rows until its covariance is factored anew
 KNOWN_VIEWS = 4  # rows for each number of a view before a covariance without prior is trusted
-KNOWN_ROWS = 20.0  # rows of a label before its distances are trusted
+KNOWN_ROWS = 100.0  # rows of a label before its distances are trusted
 
 
 class Usual(nn.Module):

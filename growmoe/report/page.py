@@ -117,9 +117,9 @@ def _section(number: int, run: Run) -> str:
     parts = [f'<section class="run" id="run-{number}" aria-labelledby="run-{number}-title">']
     parts.append(f'<h2 id="run-{number}-title">{name}</h2>')
     if run.tables:
-        parts.append(f'<h3 id="results-{number}">Results</h3>')
-    for rows, note in run.tables:
-        parts.append(_table(rows, f"results-{number}"))
+        parts.append("<h3>Results</h3>")
+    for i, (rows, note) in enumerate(run.tables, 1):
+        parts.append(_table(rows, f"Results of {run.name}, table {i}"))
         if note:
             parts.append(f'<p class="note">{html.escape(note)}</p>')
     if run.note:
@@ -139,7 +139,7 @@ def _table(rows: Sequence[Sequence[str]], label: str) -> str:
         for row in rows[1:]
     )
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-labelledby="{label}"><table>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(label)}"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

@@ -41,7 +41,9 @@ def test_a_run_outlives_a_killed_worker_and_a_lost_node(nodes, tmp_path):
             cluster.remove_node(lost[0], allow_graceful=False)
 
     config = {"steps": 40, "at": at}
-    result = fit(train, config, num_workers=(1, 3), repeat=6, timeout=20.0, watch=watch)
+    result = fit(
+        train, config, num_workers=(1, 3), repeat=6, timeout=20.0, start_timeout=300.0, watch=watch
+    )
     assert len(result.recoveries) == 2 and all(r.exact for r in result.recoveries)
     assert all(r.repeated <= 6 for r in result.recoveries)
     assert result.value["sizes"][39] == 2 and 3 in result.value["sizes"].values()

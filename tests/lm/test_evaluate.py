@@ -80,4 +80,6 @@ def test_use_of_experts_tells_an_even_layer_from_one_that_collapsed():
     assert imbalance(lone) == pytest.approx(4.0)
     use = expert_use(nn.Sequential(even, lone))
     assert use["experts"] == {"0": 2, "1": 4} and use["dropped"] == {"0": 0.0, "1": 0.0}
-    assert expert_use(nn.Linear(2, 2)) == {"experts": {}, "imbalance": {}, "dropped": {}}
+    assert use["load"]["1"]["2"] == 1 and sum(use["load"]["0"].values()) == pytest.approx(1)
+    none = expert_use(nn.Linear(2, 2))
+    assert none == {"experts": {}, "imbalance": {}, "dropped": {}, "load": {}}
