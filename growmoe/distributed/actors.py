@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -60,9 +61,19 @@ class Actors:
             resources={k: v for k, v in self.resources.items() if k not in ("CPU", "GPU")},
             max_restarts=0,
             scheduling_strategy="SPREAD",
-            # threads of torch beside those of other workers make each many times slower
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(self.resources["CPU"])))}},
+            runtime_env={"env_vars": self._environment()},
         )(_Worker)
+
+    def _environment(self) -> dict[str, str]:
+        installed = (sys.prefix, sys.base_prefix)
+        # modules of the user's own, beside the script that calls fit, must be found by workers too
+        own = [path for path in sys.path if path and not path.startswith(installed)]
+        before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        return {
+            # threads of torch beside those of other workers make each many times slower
+            "OMP_NUM_THREADS": str(max(1, int(self.resources["CPU"]))),
+            "PYTHONPATH": os.pathsep.join(dict.fromkeys([*own, *filter(None, before)])),
+        }
 
     def check(self, least: int, patience: float) -> None:
         """Raise ClusterError if the cluster never had what the least number of workers need."""
