@@ -151,7 +151,8 @@ class Recorder:
     def test(self) -> None:
         """An experience has ended: the next row of the matrix."""
         i, stream = len(self.matrix), self.stream
-        self.seen = sum(len(index) for index in stream.train_index[: i + 1])
+        # a mini-batch in which an experience ends may have begun the next
+        self.seen = max(self.seen, sum(len(index) for index in stream.train_index[: i + 1]))
         row = self.row(i)
         self.matrix.append(row)
         with self._asking():

@@ -88,6 +88,17 @@ def test_chunks_that_are_asked_before_they_are_learned_never_overlap():
     assert all(b[0] - a[0] >= 64 for a, b in itertools.pairwise(curve[:-1]))
 
 
+def test_what_a_batch_has_learned_of_the_next_experience_counts_and_is_not_asked_again():
+    stream = rows(each=60)
+    recorder = Recorder(stream, Subject(lambda x, i: torch.zeros(len(x), 6)), points=0)
+    for batch in stream.batches(50):
+        recorder.after(batch.num_new)
+        for _ in batch.ends:
+            recorder.test()
+    assert recorder.seen == 360
+    assert [seen for seen, _ in recorder.cell(0, Memory()).anytime] == [150, 250, 360]
+
+
 def test_a_second_pass_is_neither_asked_before_nor_counted():
     cell = run_learner(rows(), silent, Memorising(), Budget(8, min_steps=30))
     assert cell.anytime[-1] == [240, 1.0] and cell.prequential[-1][0] <= 240
