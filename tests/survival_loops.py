@@ -116,6 +116,26 @@ class Once:
         raise ValueError("a mistake in the loop")
 
 
+class Pause:
+    """Stands still at one step until a file is there, then does what another function does.
+
+    Args:
+        at: the phase and the step.
+        file: what is waited for, up to a minute.
+        then: called at every phase.
+    """
+
+    def __init__(self, at, file, then):
+        self.at, self.file, self.then = at, str(file), then
+
+    def __call__(self, phase, step, run):
+        until = time.monotonic() + 60
+        while (phase, step) == self.at and not Path(self.file).exists():
+            assert time.monotonic() < until, f"{self.file} never came"
+            time.sleep(0.05)
+        self.then(phase, step, run)
+
+
 class Resize:
     """Asks for other numbers of workers: {step: number}."""
 

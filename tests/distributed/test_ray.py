@@ -1,7 +1,7 @@
 """The same runs on Ray, on one machine and on several nodes that can be lost."""
 
 import pytest
-from survival_loops import Once, alone, train
+from survival_loops import Once, Pause, alone, train
 
 from growmoe.distributed import ClusterError, fit
 
@@ -30,16 +30,18 @@ def test_a_cluster_that_is_too_small_says_what_is_missing(nodes):
         fit(train, {"steps": 1}, use_gpu=True, start_timeout=1.0)
 
 
-def test_a_run_outlives_a_killed_worker_and_a_lost_node(nodes, tmp_path):
+def test_a_run_outlives_a_lost_node_and_a_killed_worker(nodes, tmp_path):
     cluster, others = nodes
-    at = Once(tmp_path, {("backward", 5): 0})
-    lost = []
+    lost, gone = [], tmp_path / "gone"
 
     def watch(status):
-        if status["step"] >= 12 and not lost:
+        # each of the three nodes has a worker, so with any of them one is lost
+        if status["workers"] == 3 and not lost:
             lost.append(others.pop())
             cluster.remove_node(lost[0], allow_graceful=False)
+            gone.touch()
 
+    at = Pause(("forward", 12), gone, Once(tmp_path, {("backward", 25): 0}))
     config = {"steps": 40, "at": at}
     result = fit(
         train, config, num_workers=(1, 3), repeat=6, timeout=20.0, start_timeout=300.0, watch=watch
