@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,14 +15,37 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+REFRESH = 4  # a second
+
+
+def animated(console: Console) -> bool:
+    """Whether what is drawn there may move: on a terminal that is neither dumb nor wants no colour.
+
+    A forced colour does not make a terminal of a file.
+    """
+    terminal = console.is_terminal and console.file.isatty()
+    return terminal and not console.is_dumb_terminal and not console.no_color
+
+
+def say_plainly(console: Console, text: str) -> None:
+    """Write a line, folded to the width of the console, without control codes."""
+    folded = textwrap.fill(
+        text,
+        console.width,
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    print(folded, file=console.file, flush=True)
+
 
 @contextmanager
 def progress_bar(
     console: Console,
 ) -> Iterator[tuple[Callable[[float, str], None], Callable[[str], None]]]:
     """A bar on a terminal; where the output is piped, a line for each thing that is said."""
-    if not console.is_terminal:
-        yield lambda fraction, text: None, lambda text: print(text, file=sys.stderr, flush=True)
+    if not animated(console):
+        yield lambda fraction, text: None, lambda text: say_plainly(console, text)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -30,7 +53,7 @@ def progress_bar(
         TaskProgressColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, refresh_per_second=REFRESH) as bar:
         task = bar.add_task("loading", total=1.0)
         yield (
             lambda fraction, text: bar.update(task, completed=fraction, description=text),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -12,11 +14,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from growmoe.console import progress_bar
 from growmoe.lm.config import Curriculum, Precision, Schedule, TrainConfig, TrainError
+from growmoe.lm.follow import Follower
 from growmoe.lm.run import HEADINGS, table_rows
 from growmoe.lm.sources import EMBEDDED, name_of
 from growmoe.lm.train import DEFAULT_RULES, Run, train
+from growmoe.report.terminal import live_view
 
 _DATA, _MODEL, _TRAINING, _GROWTH, _RUN = "Data", "Model", "Training", "Growth", "Run"
 
@@ -193,21 +196,30 @@ def train_lm(
         from growmoe.report.board import Board
 
         board = Board(output / "tensorboard")
-    with progress_bar(Console(stderr=True)) as (progress, say):
+    with live_view(Console(stderr=True), f"train-lm {output}") as view:
+        follower = Follower(config, partial(view.show, ""))
+
+        def listen(line: Mapping[str, Any]) -> None:
+            follower.line(line)
+            if board is not None:
+                board.line(line)
+
         if workers:
             from growmoe.lm.workers import train_on_workers
 
             run = train_on_workers(
-                config, workers, output=output, command=command, progress=progress, say=say
-            )
+                config, workers, output=output, command=command, progress=view.progress,
+                say=view.say,
+            )  # fmt: skip
         else:
             run = train(
                 config,
                 output=output,
                 command=command,
-                progress=progress,
-                say=say,
-                listen=(lambda line: None) if board is None else board.line,
+                progress=view.progress,
+                say=view.say,
+                listen=listen,
+                happened=follower.happened if view.moving else None,
             )
     _print(run, Console())
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import growmoe
+from growmoe.lineage import Event
 from growmoe.lm.config import TrainConfig, TrainError
 from growmoe.lm.data import batch, phase_weights
 from growmoe.lm.domains import Domain, Split
@@ -49,10 +50,12 @@ class Loop:
         progress: Callable[[float, str], None] = lambda fraction, text: None,
         say: Callable[[str], None] = lambda text: None,
         listen: Callable[[Mapping[str, Any]], None] = lambda line: None,
+        happened: Callable[[Event], None] | None = None,
     ) -> None:
         self.config, self.model, self.domains = config, model, domains
         self.device, self.folder = device, folder
         self.progress, self.say, self.listen = progress, say, listen
+        self.happened = (lambda event: say(str(event))) if happened is None else happened
         torch.manual_seed(config.seed)
         self.learner = None
         self.organizer = None
@@ -155,7 +158,7 @@ class Loop:
         )
         if self.learner is not None:
             for event in self.learner.step(torch.cat([x_BS[:, :1], y_BS], 1)):
-                self.say(str(event))
+                self.happened(event)
             self._count(self.learner.last_loss, begin)
             return
         for group in optimizer.param_groups:
@@ -174,7 +177,7 @@ class Loop:
         if self.organizer is not None:
             for event in self.organizer.step(loss_T.detach()):
                 if event.accepted:
-                    self.say(str(event))
+                    self.happened(event)
         self._count(loss_T.detach().mean(), begin)
 
     def _count(self, loss: Tensor | float, begin: float) -> None:
@@ -216,10 +219,9 @@ class Loop:
         )
         self._loss.zero_()
         self._losses, self._seconds = 0, 0.0
-        experts = sum(use["experts"].values())
         self.progress(
             self.step / config.steps,
-            f"loss {loss:.3f} · {rate:,.0f} tokens/s" + (f" · {experts} experts" * (experts > 0)),
+            f"step {self.step:,} of {config.steps:,} · {rate:,.0f} tokens/s",
         )
 
     def evaluate(self) -> None:

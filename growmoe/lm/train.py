@@ -73,6 +73,7 @@ def train(
     progress: Callable[[float, str], None] = lambda fraction, text: None,
     say: Callable[[str], None] = lambda text: None,
     listen: Callable[[Mapping[str, Any]], None] = lambda line: None,
+    happened: Callable[[growmoe.Event], None] | None = None,
 ) -> Run:
     """Train as `config` says; with a folder, go on where the same call was stopped.
 
@@ -90,8 +91,9 @@ def train(
         output: a folder (see `growmoe.lm.run`); nothing is written if left out.
         command: kept in config.json.
         progress: told the fraction done and how it goes.
-        say: told, in one line, of evaluations and of what the organizer did.
+        say: told, in one line, of evaluations and, without `happened`, of what the organizer did.
         listen: given each line of the log as it is written, such as `report.board.Board.line`.
+        happened: given each act that the organizer carried out.
 
     Raises:
         TrainError: the run cannot be done as asked, or has diverged.
@@ -113,7 +115,9 @@ def train(
     identity["data"] = {name: domain.digest() for name, domain in domains.items()}
     folder = None if output is None else RunFolder(output, identity, command)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
-        loop = Loop(config, model, domains, organizer_rules, device, folder, progress, say, listen)
+        loop = Loop(
+            config, model, domains, organizer_rules, device, folder, progress, say, listen, happened
+        )
         loop.begin()
         if folder is not None and loop.step == config.steps and (done := folder.results()):
             say("finished before: nothing was trained")
