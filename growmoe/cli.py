@@ -21,7 +21,6 @@ from rich.console import Console  # noqa: E402
 
 from growmoe.compress.command import inspect_command, merge_command, prune_command  # noqa: E402
 from growmoe.compress.layer import CompressError  # noqa: E402
-from growmoe.console import progress_bar  # noqa: E402
 from growmoe.continual.bench import BenchError, Outcome, run_bench  # noqa: E402
 from growmoe.continual.methods import METHODS, Method  # noqa: E402
 from growmoe.continual.methods import controls as growmoe_controls  # noqa: E402
@@ -34,6 +33,7 @@ from growmoe.lm import TrainError  # noqa: E402
 from growmoe.lm.command import train_lm  # noqa: E402
 from growmoe.report.command import report, watch  # noqa: E402
 from growmoe.report.run import ReportError  # noqa: E402
+from growmoe.report.terminal import live_view  # noqa: E402
 
 app = typer.Typer(
     help="Grow mixtures of experts, and measure what they remember.",
@@ -98,6 +98,13 @@ def bench(
     online: Annotated[
         int | None, typer.Option(min=1, help="One pass, in mini-batches of this size.")
     ] = None,
+    tensorboard: Annotated[
+        bool,
+        typer.Option(
+            "--tensorboard",
+            help="Also scalars and histograms for TensorBoard, of each cell when it is finished.",
+        ),
+    ] = False,
 ) -> None:
     """Run methods on a stream with several seeds, and compare them."""
     options = Options(scenario, drift, experiences, examples, tests)
@@ -127,7 +134,7 @@ def bench(
             place = output or Path("runs") / folder
         try:
             outcome = _bench_one(name, chosen, range(first_seed, first_seed + seeds), place,
-                                 data_dir, workers)  # fmt: skip
+                                 data_dir, workers, tensorboard)  # fmt: skip
         except (DataError, ImportError) as error:
             if not suite:
                 raise
@@ -152,9 +159,15 @@ def _bench_one(
     output: Path,
     data_dir: Path | None,
     workers: int,
+    tensorboard: bool,
 ) -> Outcome:
     """Run and print the table of one stream."""
-    with progress_bar(Console(stderr=True)) as (progress, say):
+    board = None
+    if tensorboard:
+        from growmoe.report.board import BenchBoard
+
+        board = BenchBoard(output / "tensorboard")
+    with live_view(Console(stderr=True), f"bench {stream}") as view:
         outcome = run_bench(
             stream,
             methods,
@@ -162,13 +175,15 @@ def _bench_one(
             output,
             data_dir,
             command=shlex.join(["growmoe", *sys.argv[1:]]),
-            progress=progress,
-            say=say,
+            progress=view.progress,
+            say=view.say,
             workers=workers,
+            show=view.show if view.moving else None,
+            listen=(lambda record: None) if board is None else board.cell,
         )
     print_table(outcome.results, Console())
     print("\nwritten:")
-    for path in outcome.files:
+    for path in [*outcome.files, *[output / "tensorboard"] * tensorboard]:
         print(f"  {path}")
     if outcome.failures:
         for failure in outcome.failures:

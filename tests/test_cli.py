@@ -56,6 +56,26 @@ def test_bench_prints_the_table_and_where_the_files_are(run, tmp_path):
     assert [cell["seed"] for cell in results["methods"]["good"]["seeds"]] == [0, 1]
 
 
+def test_bench_writes_each_finished_cell_for_tensorboard(run, tmp_path):
+    pytest.importorskip("tensorboard")
+    run("bench", "split-digits", "--methods", "good", "--output", tmp_path)
+    command = ["bench", "split-digits", "--methods", "good", "--seeds", 2, "--output", tmp_path]
+    code, out, _ = run(*command, "--tensorboard")
+    assert code == 0 and f"  {tmp_path / 'tensorboard'}\n" in out
+    found = sorted(path.name for path in (tmp_path / "tensorboard").iterdir())
+    assert found == ["good-seed0", "good-seed1"]  # that of before, too
+
+
+@pytest.mark.parametrize("command", [["bench", "split-digits", "--methods", "good"], ["train-lm"]])
+def test_without_tensorboard_nothing_is_run_and_the_extra_is_named(
+    run, tmp_path, monkeypatch, command
+):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    code, out, err = run(*command, "--tensorboard", "--output", tmp_path / "o")
+    assert code == 2 and out == "" and "pip install 'growmoe[report]'" in err
+    assert len(err.splitlines()) == 1 and not (tmp_path / "o").exists()
+
+
 def test_the_first_seed_can_be_chosen(run, tmp_path):
     run("bench", "split-digits", "--methods", "good", "--first-seed", 5, "--output", tmp_path)
     assert (tmp_path / "cells" / "good-seed5.json").exists()

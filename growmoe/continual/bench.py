@@ -24,6 +24,7 @@ from growmoe.continual.methods import Method
 from growmoe.continual.parallel import run_parallel
 from growmoe.continual.streams import Stream
 from growmoe.continual.summary import summarize
+from growmoe.glimpse import Glimpse, Onlooker
 
 LoadStream = Callable[[str, int, "str | Path | None"], Stream]
 
@@ -59,6 +60,8 @@ def run_bench(
     say: Callable[[str], None] = lambda text: None,
     load: LoadStream = streams.load,
     workers: int = 1,
+    show: Callable[[str, Glimpse | None], None] | None = None,
+    listen: Callable[[Mapping[str, Any]], None] = lambda record: None,
 ) -> Outcome:
     """Run every method with every seed, skipping the cells that `output` already has.
 
@@ -77,6 +80,9 @@ def run_bench(
         say: told, in one line, of each finished, failed, broken or reused cell.
         load: gives the stream of a name, a seed and a data directory.
         workers: how many cells run at a time, each in a process of its own; above 1 needs Ray.
+        show: shown each cell while it runs, by its name, and None when it has ended; a method that
+            measures itself with a `Recorder` shows its curves, experts and events.
+        listen: given the record of each cell that is finished, those of an earlier call first.
 
     Raises:
         BenchError: `output` belongs to another bench, or cannot be written.
@@ -105,13 +111,30 @@ def run_bench(
     if reused := sum((name, seed) in done for name in methods for seed in seeds):
         say(f"{reused} cells were finished before and are kept")
 
+    for record in records:
+        listen(record)
+
     todo = [(seed, name) for seed in seeds for name in methods if (name, seed) not in done]
     failures: list[str] = []
+    shown: dict[str, float] = {}  # how far the cells are that run
+
+    def label_of(position: int) -> str:
+        seed, name = todo[position]
+        return f"{name} seed {seed}"
+
+    def look(position: int, seen: Glimpse) -> None:
+        label = label_of(position)
+        shown[label] = seen.fraction
+        if show is not None:
+            show(label, seen)
 
     def keep(position: int, result: dict[str, Any] | _Failure) -> None:
         """Write a finished cell, or the traceback of one that failed, at once."""
         seed, name = todo[position]
-        label = f"{name} seed {seed}"
+        label = label_of(position)
+        shown.pop(label, None)
+        if show is not None:
+            show(label, None)
         trace = output / "errors" / f"{name}-seed{seed}.txt"
         if isinstance(result, _Failure):
             failures.append(f"{label} failed: {result.message}")
@@ -121,6 +144,7 @@ def run_bench(
         path = store.cell_path(output, name, seed)
         store.write_atomically(path, json.dumps(result, indent=1))
         trace.unlink(missing_ok=True)
+        listen(result)
         accuracy = metrics.final_accuracy(result["accuracy_matrix"], result["test_counts"])
         say(f"{label}: final accuracy {accuracy:.1%}, {result['seconds']:.1f} s of training")
 
@@ -129,23 +153,37 @@ def run_bench(
             partial(_run_alone, load, stream, data_dir, methods[name], name, seed, data)
             for seed, name in todo
         ]
-        for count, (position, result) in enumerate(run_parallel(tasks, workers), 1):
+        count = 0
+
+        def tell_all() -> None:
+            done = (count + sum(shown.values())) / len(todo)
+            progress(done, f"{count} of {len(todo)} cells done, {len(shown)} running")
+
+        def hear(position: int, seen: Glimpse) -> None:
+            look(position, seen)
+            tell_all()
+
+        progress(0.0, f"{workers} workers start")
+        hearing = None if show is None else hear
+        for position, result in run_parallel(tasks, workers, hearing):
             if isinstance(result, Exception):
                 result = _Failure.of(result)
             keep(position, result)
-            progress(count / len(todo), f"{count} of {len(todo)} cells")
+            count += 1
+            tell_all()
     else:
         current = first
         for position, (seed, name) in enumerate(todo):
             if current.seed != seed:
                 current = load(stream, seed, data_dir)
 
-            def tell(fraction: float, text: str, position: int = position) -> None:
-                seed, name = todo[position]
-                progress((position + fraction) / len(todo), f"{name} seed {seed}: {text}")
+            def see(seen: Glimpse, position: int = position) -> None:
+                look(position, seen)
+                text = f"cell {position + 1} of {len(todo)}"
+                progress((position + seen.fraction) / len(todo), text)
 
-            progress(position / len(todo), f"{name} seed {seed}")
-            keep(position, _run_cell(current, stream, methods[name], name, seed, data, tell))
+            see(Glimpse(text="begins"))
+            keep(position, _run_cell(current, stream, methods[name], name, seed, data, see))
     progress(1.0, "done")
 
     records, _ = store.read_cells(output)
@@ -174,13 +212,13 @@ def _run_cell(
     name: str,
     seed: int,
     data: str,
-    tell: Callable[[float, str], None],
+    show: Callable[[Glimpse], None],
 ) -> dict[str, Any] | _Failure:
     """One cell as JSON, or why it failed."""
     try:
         with _cell_conditions(seed):
             begin = time.perf_counter()
-            cell = method.run(stream, seed, tell)
+            cell = method.run(stream, seed, Onlooker(show))
             wall_seconds = time.perf_counter() - begin
         return store.cell_record(
             cell,
@@ -208,10 +246,12 @@ def _run_alone(
     name: str,
     seed: int,
     data: str,
+    show: Callable[[Glimpse], None],
 ) -> dict[str, Any] | _Failure:
     """A cell in a process of its own, which loads the stream by itself."""
+    show(Glimpse(text="begins"))
     loaded = load(stream, seed, data_dir)
-    return _run_cell(loaded, stream, method, name, seed, data, lambda fraction, text: None)
+    return _run_cell(loaded, stream, method, name, seed, data, show)
 
 
 def _refuse_other(

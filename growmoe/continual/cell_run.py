@@ -19,6 +19,7 @@ from growmoe.continual import require
 from growmoe.continual.cell import Memory, parameter_count
 from growmoe.continual.record import Recorder, Subject, answers
 from growmoe.continual.streams import Stream
+from growmoe.glimpse import let_watch
 
 require("avalanche.training.supervised")
 
@@ -125,6 +126,7 @@ class CellRun:
             ready=lambda: answers(self._learner),
         )
         self.recorder = Recorder(stream, subject, points=None if within else 0)
+        let_watch(progress, self.recorder.glimpse)
         self.reporter = _Report(self._tell, self.recorder)
 
     @property

@@ -28,6 +28,7 @@ from growmoe.continual.ridge import RidgeClassifier
 from growmoe.continual.rivals.learner import Budget, Learner, run_learner
 from growmoe.continual.stream import Stream
 from growmoe.experts.moments import moment_numbers
+from growmoe.lineage import Event
 
 Progress = Callable[[float, str], None]
 # An act is switched off with the rules that propose it; what thaws goes with what freezes.
@@ -103,8 +104,8 @@ class Grown(Learner):
         """Domains that were born after the first."""
         return sum(e.act == "spawn" and e.layer == "domains" for e in self.classifier.lineage)
 
-    def lineage(self) -> list[dict[str, Any]]:
-        return [event.to_json() for event in self.classifier.lineage]
+    def events(self) -> Sequence[Event]:
+        return self.classifier.lineage
 
     def extras(self) -> dict[str, Any]:
         classifier = self.classifier

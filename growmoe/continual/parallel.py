@@ -8,16 +8,23 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+Tell = Callable[[Any], None]
+_PAUSE = 0.5  # seconds
 
 
 def run_parallel(
-    tasks: Sequence[Callable[[], Result]], workers: int
+    tasks: Sequence[Callable[[Tell], Result]],
+    workers: int,
+    hear: Callable[[int, Any], None] | None = None,
 ) -> Iterator[tuple[int, Result | Exception]]:
     """Run tasks in `workers` processes; each result is given as soon as it is there.
 
     Args:
-        tasks: functions without arguments that cloudpickle can carry to another process.
+        tasks: functions that cloudpickle can carry to another process; each is given a function
+            to tell how it goes.
         workers: how many run at a time. A Ray that is already running is used as it is.
+        hear: given the position of a task and what it told last, about twice a second; without it,
+            what tasks tell is lost.
 
     Yields:
         (the position of the task, what it gave or how it failed): a process that died counts as a
@@ -42,17 +49,26 @@ def run_parallel(
         )
     try:
         # a cell is deterministic: what failed once would fail again
-        call = ray.remote(num_cpus=1, max_retries=0, runtime_env=environment)(lambda task: task())
+        call = ray.remote(num_cpus=1, max_retries=0, runtime_env=environment)(_run)
+        mailbox = None if hear is None else ray.remote(num_cpus=0)(_Mailbox).remote()
         waiting = list(range(len(tasks)))
         running: dict[Any, int] = {}
         while waiting or running:
             while waiting and len(running) < workers:
                 position = waiting.pop(0)
-                running[call.remote(tasks[position])] = position
-            (done, *_), _ = ray.wait(list(running), num_returns=1)
-            position = running.pop(done)
+                running[call.remote(tasks[position], position, mailbox)] = position
+            done, _ = ray.wait(
+                list(running), num_returns=1, timeout=None if hear is None else _PAUSE
+            )
+            if hear is not None and mailbox is not None:
+                for position, told in ray.get(mailbox.empty.remote()).items():
+                    if position in running.values():
+                        hear(position, told)
+            if not done:
+                continue
+            position = running.pop(done[0])
             try:
-                yield position, ray.get(done)
+                yield position, ray.get(done[0])
             except Exception as error:
                 # Ray wraps what the task raised
                 cause = getattr(error, "cause", None)
@@ -60,3 +76,25 @@ def run_parallel(
     finally:
         if ours:
             ray.shutdown()
+
+
+class _Mailbox:
+    """Where tasks leave what they tell, in a process of its own; only the newest of each counts."""
+
+    def __init__(self) -> None:
+        self._letters: dict[int, Any] = {}
+
+    def put(self, position: int, told: Any) -> None:
+        self._letters[position] = told
+
+    def empty(self) -> dict[int, Any]:
+        letters, self._letters = self._letters, {}
+        return letters
+
+
+def _run(task: Callable[[Tell], Result], position: int, mailbox: Any) -> Result:
+    def tell(told: Any) -> None:
+        if mailbox is not None:
+            mailbox.put.remote(position, told)  # nobody waits for it
+
+    return task(tell)

@@ -8,7 +8,7 @@ random numbers are used up, and a method that still waits is not hurried.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from growmoe.continual.cell import Cell, Memory
 from growmoe.continual.stream import Stream
+from growmoe.glimpse import Glimpse, alive, told
+from growmoe.lineage import Event
 from growmoe.moe import MoE
 
 _EVAL_BATCH = 1000
@@ -39,6 +41,7 @@ class Subject:
         ready: gives False while the method waits, for its features say, and cannot answer.
         shares: images to the share of each image that each expert takes, {expert id: [N]}.
         births: how many domains it has noticed so far.
+        events: what happened to its experts so far.
         told: whether its scores depend on the experience.
     """
 
@@ -47,6 +50,7 @@ class Subject:
     ready: Callable[[], bool] = lambda: True
     shares: Callable[[Tensor], Mapping[Any, Tensor] | None] | None = None
     births: Callable[[], int | None] | None = None
+    events: Callable[[], Sequence[Event]] = tuple
     told: bool = False
 
 
@@ -196,6 +200,20 @@ class Recorder:
         if self._load:
             fields["load_history"] = self._load
         return Cell(self.matrix, self.seconds, parameters, memory, **{**fields, **rest})
+
+    def glimpse(self) -> Glimpse:
+        """What there is to see by now; nothing is asked for it."""
+        events = self.subject.events()
+        shown = {
+            "accuracy on all (%)": ("anytime", 100.0),
+            "on the next batch (%)": ("prequential", 100.0),
+            "memory (MB)": ("memory", 1e-6),
+        }
+        curves = {
+            label: [scale * value for _, value in self._curves[name]]
+            for label, (name, scale) in shown.items()
+        }
+        return Glimpse(curves=curves, experts=alive(events), events=told(events))
 
     @contextmanager
     def _asking(self) -> Iterator[None]:

@@ -1,12 +1,22 @@
-"""Scalars and histograms for TensorBoard."""
+"""Scalars and histograms for TensorBoard, of a log or of the cells of a bench."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from growmoe.continual import metrics, store
+
+_CURVES = {
+    "anytime": ("accuracy/any-time", 1.0),
+    "prequential": ("accuracy/prequential", 1.0),
+    "memory_history": ("memory (MB)", 1e-6),
+    "parameter_history": ("parameters", 1.0),
+}
 
 
 class Board:
@@ -62,3 +72,50 @@ class Board:
     def close(self) -> None:
         """Flush and close the event file."""
         self._writer.close()
+
+
+class BenchBoard:
+    """A TensorBoard run for each finished cell of a bench, so that methods lie over one another.
+
+    Args:
+        path: the folder, made with the first cell; cells that it already has are left alone.
+
+    Raises:
+        ImportError: tensorboard is not installed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        Board(self.path)  # fails before anything has run
+
+    def cell(self, record: Mapping[str, Any]) -> None:
+        """Write a cell's curves over the examples seen, and its experts and their loads.
+
+        Accuracy by experience is over the number of experiences, loads are over mini-batches.
+        """
+        place = self.path / store.cell_path(self.path, record["method"], record["seed"]).stem
+        if place.exists():
+            return
+        # whole or not at all
+        unfinished = place.with_name(f".{place.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        board = Board(unfinished)
+        for key, (name, scale) in _CURVES.items():
+            for seen, value in record.get(key) or ():
+                board.write(int(seen), {name: scale * value})
+        matrix, counts = record["accuracy_matrix"], record["test_counts"]
+        for i, value in enumerate(metrics.accuracy_by_experience(matrix, counts), 1):
+            board.write(i, {"accuracy/by experience": value})
+        for entry in record.get("load_history") or ():
+            board.write(entry["step"], {}, _by_layer(entry["load"]))
+        board.close()
+        unfinished.rename(place)
+
+
+def _by_layer(load: Mapping[Any, float]) -> dict[str, dict[str, float]]:
+    """The shares of "layer:id", or of ids where there is one layer, layer by layer."""
+    layers: dict[str, dict[str, float]] = {}
+    for key, share in load.items():
+        layer, _, id = str(key).rpartition(":")
+        layers.setdefault(layer or "moe", {})[id] = share
+    return layers

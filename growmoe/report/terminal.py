@@ -91,7 +91,7 @@ class View:
         if self._events:
             names = {*seen, *(name for name, _ in self._events)}
             lines.append(_happened(self._events, len(names) > 1))
-        lines.append(self._foot())
+        lines += [Rule(style="dim")] * bool(lines) + [self._foot()]
         title = Text(self.title, style="bold")
         yield Panel(Group(*lines), title=title, title_align="left", width=width, padding=(0, 1))
 
@@ -109,7 +109,7 @@ class View:
             ProgressBar(1.0, self.fraction, finished_style="bar.complete"),
             Text(f"{self.fraction:4.0%}"),
         )
-        return Group(Rule(style="dim"), grid, bar)
+        return Group(grid, bar)
 
 
 @contextmanager

@@ -332,3 +332,37 @@ def test_workers_give_the_cells_that_one_process_gives_and_a_failure_is_its_own(
         for cell, other in zip(entry["seeds"], others, strict=True):
             assert cell["extras"] == other["extras"]
             assert cell["accuracy_matrix"] == other["accuracy_matrix"]
+
+
+def test_cells_are_shown_while_they_run_and_listened_to_when_finished(tmp_path):
+    shown, heard = [], []
+    methods = {"a": Method("", Recorded(), {})}
+    for _ in range(2):
+        run_bench(
+            "tiny", methods, (0, 1), tmp_path, load=load,
+            show=lambda name, seen: shown.append((name, seen and seen.text)),
+            listen=lambda record: heard.append((record["method"], record["seed"])),
+        )  # fmt: skip
+    assert shown == [
+        (f"a seed {seed}", text) for seed in (0, 1) for text in ("begins", "half", None)
+    ]
+    assert heard == [("a", 0), ("a", 1)] * 2  # those of before, too
+
+
+def test_what_is_shown_of_a_method_is_what_its_cell_keeps():
+    from growmoe.continual.methods import METHODS
+    from growmoe.continual.streams import load as load_stream
+    from growmoe.glimpse import Onlooker
+
+    seen = []
+    stream = load_stream("split-digits", 0)
+    progress = Onlooker(seen.append)
+    cell = METHODS["growmoe"].run(stream, 0, progress)
+    progress._next = 0.0
+    progress(1.0, "at the end")
+    assert seen[-1].curves["accuracy on all (%)"] == [100 * v for _, v in cell.anytime]
+    assert seen[-1].curves["memory (MB)"] == pytest.approx(
+        [v / 1e6 for _, v in cell.memory_history]
+    )
+    assert sum(seen[-1].experts.values()) >= 10
+    assert METHODS["growmoe"].run(stream, 0, lambda *_: None).anytime == cell.anytime

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from growmoe import surgery
 from growmoe.continual.cell import Memory, tensor_bytes
 from growmoe.continual.rivals.learner import EXAMPLES, Learner
+from growmoe.lineage import Event
 from growmoe.moe import MoE
 from growmoe.routers import Dense
 
@@ -238,8 +239,8 @@ class CNDPM(Learner):
     def num_parameters(self) -> int:
         return sum(p.numel() for e in self.experts for p in e.parameters())
 
-    def lineage(self) -> list[dict[str, Any]] | None:
-        return None if self.layer is None else [e.to_json() for e in self.layer.lineage]
+    def events(self) -> Sequence[Event]:
+        return () if self.layer is None else list(self.layer.lineage)
 
     def extras(self) -> dict[str, Any]:
         return {"experts": len(self.experts)}

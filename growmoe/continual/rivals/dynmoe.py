@@ -24,6 +24,7 @@ from growmoe.continual.cell import Memory
 from growmoe.continual.rivals.learner import Learner
 from growmoe.continual.rivals.lifelong_moe import MixtureNet
 from growmoe.experts.ffn import FFN
+from growmoe.lineage import Event
 from growmoe.moe import MoE, aux_loss
 from growmoe.routers import TopAny
 from growmoe.routers.gate import stacked
@@ -140,8 +141,8 @@ class DynMoE(Learner):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.net.parameters())
 
-    def lineage(self) -> list[dict[str, Any]] | None:
-        return [event.to_json() for event in self.net.layer.lineage]
+    def events(self) -> Sequence[Event]:
+        return list(self.net.layer.lineage)
 
     def extras(self) -> dict[str, Any]:
         return {"experts": len(self.net.layer.experts)}

@@ -8,7 +8,7 @@ is of: what a method claims not to need never reaches it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ from growmoe.continual.cell import Cell, Memory, tensor_bytes
 from growmoe.continual.intake import Intake
 from growmoe.continual.record import Recorder, Subject
 from growmoe.continual.stream import Batch, Stream
+from growmoe.glimpse import let_watch
+from growmoe.lineage import Event
 
 Progress = Callable[[float, str], None]
 BOUNDARIES, TASK_LABELS, EXAMPLES = "boundaries", "task labels", "examples"
@@ -111,9 +113,13 @@ class Learner:
         """The share of each image that each expert takes, by id, for a mixture: float32 [N]."""
         return None
 
+    def events(self) -> Sequence[Event]:
+        """What was born, merged, frozen and removed so far, for a method that grows."""
+        return ()
+
     def lineage(self) -> list[dict[str, Any]] | None:
-        """What was born, merged, frozen and removed, for a method that grows."""
-        return None
+        """The events as JSON; None for a method that does not grow."""
+        return [event.to_json() for event in self.events()] or None
 
     def extras(self) -> dict[str, Any]:
         """Anything else worth keeping, as JSON."""
@@ -152,6 +158,7 @@ def run_learner(stream: Stream, progress: Progress, learner: Learner, budget: Bu
     it has not met as if it were of the newest.
     """
     recorder = Recorder(stream, _subject(stream, learner))
+    let_watch(progress, recorder.glimpse)
     total = stream.num_experiences
 
     def tell(done: float) -> None:
@@ -210,6 +217,7 @@ def _subject(stream: Stream, learner: Learner) -> Subject:
         ready=lambda: learner.ready,
         shares=learner.shares,
         births=lambda: learner.births,
+        events=learner.events,
         told=told,
     )
 

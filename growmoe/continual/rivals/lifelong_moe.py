@@ -24,6 +24,7 @@ from growmoe.continual.cell import Memory, tensor_bytes
 from growmoe.continual.record import mixture_shares
 from growmoe.continual.rivals.learner import BOUNDARIES, Experience, TaskLearner
 from growmoe.experts.ffn import FFN
+from growmoe.lineage import Event
 from growmoe.moe import MoE, aux_loss
 from growmoe.routers import TopK
 
@@ -139,8 +140,8 @@ class LifelongMoE(TaskLearner):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.net.parameters())
 
-    def lineage(self) -> list[dict[str, Any]] | None:
-        return [event.to_json() for event in self.net.layer.lineage]
+    def events(self) -> Sequence[Event]:
+        return list(self.net.layer.lineage)
 
     def extras(self) -> dict[str, Any]:
         return {"experts": len(self.net.layer.experts)}

@@ -15,6 +15,7 @@ classes of the mini-batch alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from growmoe.continual.cell import Memory, tensor_bytes
 from growmoe.continual.intake import Features, Intake
 from growmoe.continual.record import mixture_shares
 from growmoe.continual.rivals.learner import Learner
+from growmoe.lineage import Event
 from growmoe.moe import MoE
 from growmoe.routers import Dense
 
@@ -191,8 +193,8 @@ class SEMA(Learner):
         modules = (self.layer, self.head)
         return sum(p.numel() for module in modules for p in module.parameters())
 
-    def lineage(self) -> list[dict[str, Any]] | None:
-        return [event.to_json() for event in self.layer.lineage]
+    def events(self) -> Sequence[Event]:
+        return list(self.layer.lineage)
 
     def extras(self) -> dict[str, Any]:
         return {"experts": len(self.layer.experts)}
