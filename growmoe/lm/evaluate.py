@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from growmoe.lm.data import windows as windows_of
 from growmoe.lm.domains import Domain, Split
+from growmoe.lm.routing import RoutingCounts
 from growmoe.moe import MoE, moe_layers
 
 
@@ -30,6 +32,7 @@ def evaluate(
     sequence_length: int = 128,
     batch_size: int = 16,
     precision: str = "float32",
+    counts: RoutingCounts | None = None,
 ) -> dict[str, float]:
     """Bits per byte of each domain, in eval mode, on the same windows whenever it is called.
 
@@ -42,6 +45,7 @@ def evaluate(
     Args:
         model: int64 [B, S] -> logits [B, S, V].
         windows: N per domain at even distances, fewer where they would overlap.
+        counts: told which expert takes what of each domain.
 
     Raises:
         TrainError: a domain's part is shorter than S + 1 tokens.
@@ -58,7 +62,8 @@ def evaluate(
                 tokens_BS1 = tokens_BS1.to(device)
                 x_BS, y_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
                 domain_B = torch.full((len(x_BS),), i, device=device)
-                with autocast(device, precision):
+                watched = nullcontext() if counts is None else counts.of(name)
+                with watched, autocast(device, precision):
                     logits_BSV = model(x_BS, **context(model, domain_B))
                 total += float(cross_entropy(logits_BSV, y_BS).double().sum())
             nats = total / (len(tokens_NS1) * sequence_length)

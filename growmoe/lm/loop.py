@@ -22,6 +22,7 @@ from growmoe.lm.evaluate import autocast, context, cross_entropy, evaluate, expe
 from growmoe.lm.growing.learner import StreamLearner
 from growmoe.lm.growing.model import GrowingLM
 from growmoe.lm.optimize import build_optimizer, learning_rate
+from growmoe.lm.routing import RoutingCounts
 from growmoe.lm.run import RunFolder
 from growmoe.rules import Rule
 
@@ -226,7 +227,10 @@ class Loop:
 
     def evaluate(self) -> None:
         config = self.config
-        bits = self.bits("validation")
+        counts = RoutingCounts(self.model)
+        bits = self.bits("validation", counts)
+        if self.folder is not None:
+            self.folder.write_routing(counts.maps(), self.step)
         use = expert_use(self.model)
         self._write({"kind": "evaluation", "step": self.step, "bits_per_byte": bits, **use})
         uneven = max(use["imbalance"].values(), default=None)
@@ -238,7 +242,7 @@ class Loop:
             + (f", largest load {uneven:.2f} × mean" if uneven and self.step else "")
         )
 
-    def bits(self, split: Split) -> dict[str, float]:
+    def bits(self, split: Split, counts: RoutingCounts | None = None) -> dict[str, float]:
         config = self.config
         return evaluate(
             self.model,
@@ -248,6 +252,7 @@ class Loop:
             sequence_length=config.sequence_length,
             batch_size=config.batch_size,
             precision=config.precision,
+            counts=counts,
         )
 
     def _write(self, line: dict[str, Any]) -> None:

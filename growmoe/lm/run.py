@@ -4,6 +4,7 @@ config.json              the configuration, the data's digests, versions, hardwa
 metrics.jsonl            a line for each log ("kind": "train") and evaluation ("evaluation")
 checkpoint.safetensors   model, optimizer, organizer and random state of the last save
 lineage.jsonl            every act on every layer up to that save
+routing.json             the tokens of each domain that each expert took at the last evaluation
 results.json, table.md   bits per byte on the test parts, sizes, seconds
 sample.txt, loss.png     generated text, and the loss of each domain over the steps
 """
@@ -93,6 +94,12 @@ class RunFolder:
     def write_lineage(self, model: nn.Module) -> None:
         lines = [json.dumps(e.to_json()) for e in events_of(model)]
         write_atomically(self.path / "lineage.jsonl", "".join(line + "\n" for line in lines))
+
+    def write_routing(self, maps: Mapping[str, list[dict[str, Any]]], step: int) -> None:
+        """Write `RoutingCounts.maps` of the evaluation after `step`; nothing of a dense model."""
+        if maps:
+            dated = {layer: [{**one, "step": step} for one in ones] for layer, ones in maps.items()}
+            write_atomically(self.path / "routing.json", json.dumps(dated))
 
     def write_results(self, results: Mapping[str, Any], sample: str | None) -> None:
         """Write the results, and plots where matplotlib is installed."""

@@ -55,7 +55,8 @@ class Growth:
         name: of the method, the seed and the layer.
         events: its lineage, as JSON.
         load: [{"step": int, "load": {expert id: share}}].
-        routing: [{"by": "class", "experts": ids, "groups": names, "counts": [E, G]}, …].
+        routing: [{"by": "class", "experts": ids, "groups": names, "counts": [E, G]}, …], with the
+            "step" at which it was counted, if it is known.
     """
 
     name: str
@@ -294,29 +295,23 @@ def _of_language_model(path: Path, results: dict[str, Any]) -> Run:
             ]
             if of_layers:
                 charts.append(Chart(title, "step", title.lower(), of_layers))
-    events, growths = _lines(path / "lineage.jsonl"), []
-    for layer in dict.fromkeys(event["layer"] for event in events):
-        load = [
-            {"step": line["step"], "load": line["load"][layer]}
-            for line in lines
-            if layer in line.get("load", {})
-        ]
-        mine = [event for event in events if event["layer"] == layer]
-        growths += _growths("", mine, load)
+    growths = _of_layers(path, lines)
     tables = []
     if results:
         rows = [list(HEADINGS), *map(list, table_rows(results))]
         tables = [(rows, "Bits per byte of each domain on its test part; lower is better.")]
     note = ""
     if not results.get("finished"):
-        note = f"Not finished: {lines[-1]['step'] if lines else 0} steps so far."
+        note = f"Not finished: {lines[-1]['step'] if lines else 0} steps so far. "
+    if growths and not any(growth.routing for growth in growths):
+        note += "Which expert takes which domain was not recorded in this run."
     return Run(
         path.name,
         "language model on " + ", ".join(config["data"]),
         config.get("command", ""),
         {name: config.get(name, {}) for name in ("versions", "hardware")},
         tables,
-        note,
+        note.strip(),
         charts,
         {},
         growths,
@@ -334,16 +329,7 @@ def _of_log(path: Path) -> Run:
         points = [(line["step"], line["values"][name]) for line in lines if name in line["values"]]
         line = Line(path.name, [x for x, _ in points], [y for _, y in points])
         charts.append(Chart(name, "step", name, [line]))
-    events, growths = _lines(path / "lineage.jsonl"), []
-    routing = _json(path / "routing.json")
-    for layer in dict.fromkeys(event["layer"] for event in events):
-        load = [
-            {"step": line["step"], "load": line["load"][layer]}
-            for line in lines
-            if layer in line.get("load", {})
-        ]
-        mine = [event for event in events if event["layer"] == layer]
-        growths += _growths("", mine, load, routing.get(layer, []))
+    growths = _of_layers(path, lines)
     last = [[name, f"{line['values'][name]:.5g}"] for line in lines[-1:] for name in line["values"]]
     return Run(
         path.name,
@@ -360,6 +346,21 @@ def _of_log(path: Path) -> Run:
 
 
 # What grew.
+
+
+def _of_layers(path: Path, lines: Sequence[Mapping[str, Any]]) -> list[Growth]:
+    """The growth of each layer, from the folder's lineage and routing and the log's loads."""
+    events, routing = _lines(path / "lineage.jsonl"), _json(path / "routing.json")
+    growths = []
+    for layer in dict.fromkeys(event["layer"] for event in events):
+        load = [
+            {"step": line["step"], "load": line["load"][layer]}
+            for line in lines
+            if layer in line.get("load", {})
+        ]
+        mine = [event for event in events if event["layer"] == layer]
+        growths += _growths("", mine, load, routing.get(layer, []))
+    return growths
 
 
 def _growths(

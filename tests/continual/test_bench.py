@@ -324,7 +324,13 @@ def test_workers_give_the_cells_that_one_process_gives_and_a_failure_is_its_own(
         "good": Method("good", Recorded(), {}),
         "bad": Method("bad", Recorded(fail={1: ValueError("broke")}), {}),
     }
-    many = run_bench("tiny", methods, [0, 1], tmp_path / "many", load=load, workers=2)
+    shown = []
+    many = run_bench(
+        "tiny", methods, [0, 1], tmp_path / "many", load=load, workers=2,
+        show=lambda name, seen: shown.append((name, seen)),
+    )  # fmt: skip
+    last = dict(shown)
+    assert last == dict.fromkeys(f"{name} seed {seed}" for name in methods for seed in (0, 1))
     one = run_bench("tiny", methods, [0, 1], tmp_path / "one", load=load)
     assert many.failures == one.failures == ["bad seed 1 failed: ValueError: broke"]
     for name, entry in one.results["methods"].items():

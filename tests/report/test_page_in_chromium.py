@@ -198,3 +198,24 @@ def test_fifty_experiences_and_five_hundred_experts_stay_fluid_and_small(
         )
         assert spent < 3000, act
     assert errors(browser) == []
+
+
+def test_a_language_model_shows_which_expert_takes_which_domain(
+    desktop: Any, tmp_path: Path
+) -> None:
+    from growmoe.lm import TrainConfig, train
+
+    for name in ("abc", "123"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 2000)
+    texts = tuple(f"{name}={tmp_path / name}.txt" for name in ("abc", "123"))
+    config = TrainConfig(
+        domains=texts, steps=2, d_model=16, layers=1, heads=2, experts=3, batch_size=2,
+        sequence_length=16, windows=2, device="cpu",
+    )  # fmt: skip
+    train(config, output=tmp_path / "run")
+    visit(desktop, write_report([tmp_path / "run"], tmp_path / "run.html").as_uri())
+    draw_all(desktop)
+    named = "return [...document.querySelectorAll('figure')].map(f => f.textContent)"
+    (map,) = [text for text in desktop.execute_script(named) if "Who takes what" in text]
+    assert "by domain" in map and "abc" in map and "123" in map
+    assert errors(desktop) == []

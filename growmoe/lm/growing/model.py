@@ -76,6 +76,7 @@ class GrowingLM(nn.Module):
             "num_heads": num_heads,
             "d_hidden": d_hidden,
         }
+        self.share_K: Tensor | None = None
         self.layer = MoE(
             1,  # an input is a token id
             self._whole,
@@ -127,6 +128,7 @@ class GrowingLM(nn.Module):
             ValueError: ids of another shape or dtype, or out of the vocabulary.
         """
         self._check(token_BS)
+        self.share_K = None
         if len(self.layer.experts) == 1:
             return self.path_logits(token_BS, self.paths[0].id).log_softmax(-1)
         told = before_BP is not None and before_BP.shape[1] >= _ENOUGH
@@ -164,6 +166,7 @@ class GrowingLM(nn.Module):
             _, weight_KB = posterior(_of(past_KBSV, before_BP[:, 1:]), weight_KB)
         # position t predicts token t + 1, so it may use the evidence of tokens 1 to t
         weight_KBS, _ = posterior(_of(logp_KBSV[:, :, :-1], token_BS[:, 1:]), weight_KB)
+        self.share_K = weight_KBS.detach().mean((1, 2))
         return (logp_KBSV + weight_KBS.log()[..., None]).logsumexp(0)
 
     @torch.no_grad()

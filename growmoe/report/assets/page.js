@@ -302,13 +302,14 @@ function loads(growth) {
       values[i][j] == null ? "" : `${values[i][j].toFixed(1)}%`)])] });
 }
 
-function routing({ by, experts, groups, counts }) {
+function routing({ by, experts, groups, counts, step }) {
   const sums = groups.map((_, j) => counts.reduce((sum, r) => sum + r[j], 0) || 1);
   const values = counts.map((r) => r.map((v, j) => 100 * v / sums[j]));
   const ids = experts.map(String);
   return figure(`Who takes what, by ${by}`,
-    `The share of each ${by}, in columns, that each expert, in rows, receives.`,
-    () => heat(values, groups, ids, "%", [by, "expert"]),
+    `The share of each ${by}, in columns, that each expert, in rows, receives`
+      + (step === undefined ? "." : `, after step ${step}.`),
+    () => heat(values, groups, ids, "%", [by, "expert"], { zmax: Math.max(1, ...values.flat()) }),
     { height: heatHeight(ids.length), table: () => [["expert", ...groups], values.map((r, i) => [ids[i], ...r.map((v) => `${v.toFixed(1)}%`)])] });
 }
 
