@@ -75,7 +75,7 @@ def bench(
         typer.Option(help="See `growmoe methods`; with commas between.", show_default="all"),
     ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 1,
-    first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     output: Annotated[
         Path | None, typer.Option(help="A folder for the results.", show_default="runs/STREAM")
     ] = None,

@@ -28,7 +28,7 @@ def animated(console: Console) -> bool:
 
 
 def say_plainly(console: Console, text: str) -> None:
-    """Write a line, folded to the width of the console, without control codes."""
+    """Write a line, folded at the width of the console, without control codes."""
     folded = textwrap.fill(
         text,
         console.width,

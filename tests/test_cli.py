@@ -284,6 +284,34 @@ def test_help_of_train_lm_fits_80_columns(run):
 
 
 @pytest.mark.slow
+def test_what_every_command_prints_is_plain_in_a_pipe_and_fits_80_columns(poems, tmp_path):
+    run, small, bench = (str(tmp_path / name) for name in ("run", "small", "bench"))
+    commands = [
+        [*TINY_LM, "--grow", "--organize-every", "2", "--text", str(poems), "--output", run],
+        ["inspect", run],
+        ["prune", run, "--ratio", "0.3", "--samples", "4", "--output", small],
+        ["bench", "split-digits", "--methods", "ridge", "--output", bench],
+        ["streams"],
+        ["methods"],
+    ]
+    code = (
+        "import contextlib; from growmoe import cli\n"
+        f"for command in {commands!r}:\n"
+        "    with contextlib.suppress(SystemExit): cli.main(command)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "COLUMNS")}
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert found.returncode == 0, found.stderr
+    assert all(os.path.isdir(folder) for folder in (run, small, bench))
+    assert not set("\x1b\r\b") & set(found.stdout + found.stderr)
+    lines = [line for line in found.stdout.splitlines() if str(tmp_path) not in line]
+    assert max(map(len, lines + found.stderr.splitlines())) <= 80
+    assert "growmoe:" not in found.stderr
+
+
+@pytest.mark.slow
 def test_train_lm_stopped_by_a_signal_goes_on(poems, tmp_path):
     command = [sys.executable, "-m", "growmoe", *TINY_LM, "--text", str(poems)]
     command += ["--steps", "100000", "--output", str(tmp_path / "run")]

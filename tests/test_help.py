@@ -38,6 +38,7 @@ def pages() -> dict[str, str]:
 
 
 def test_every_command_is_there(pages: dict[str, str]) -> None:
+    assert "--tensorboard" in pages["bench"] and "--tensorboard" in pages["train-lm"]
     wanted = {"", "bench", "train-lm", "prune", "merge", "inspect", "report", "watch", "streams"}
     assert wanted <= set(pages)
 

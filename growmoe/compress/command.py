@@ -25,7 +25,7 @@ from growmoe.compress.output import writing
 from growmoe.compress.plan import PerLayer
 from growmoe.compress.report import Inspection, Report
 from growmoe.compress.runs import is_hugging_face, load_run, save_run, texts_of
-from growmoe.console import progress_bar
+from growmoe.console import progress_bar, say_plainly
 
 _BUDGET, _CHOICE, _DATA, _AFTER = "Budget", "Choice", "Data", "Afterwards"
 
@@ -77,7 +77,7 @@ RouterSteps = Annotated[
 Control = Annotated[
     bool, _option(_AFTER, "Train the whole model as long and compare with that, not with its past.")
 ]
-Seed = Annotated[int, typer.Option(help="Of samples, and of random.")]
+Seed = Annotated[int, typer.Option(help="Decides the samples, and what goes by `random`.")]
 Streaming = Annotated[
     bool | None,
     _option(
@@ -294,17 +294,19 @@ def print_report(report: Report, console: Console) -> None:
             drawn.add_row(name, *_cells(Change(**change)))
     console.print(drawn)
     share = 1 - report.experts_after / report.experts_before
-    print(
-        "nats per token\n"
+    for line in (
+        "nats per token",
         f"{report.experts_before} experts -> {report.experts_after} ({share:.1%} fewer), "
-        f"{report.parameters_before:,} parameters -> {report.parameters_after:,}\n"
-        f"{report.seconds:.0f} s, at most {report.peak_memory / 2**20:,.0f} MiB of memory"
-    )
+        f"{report.parameters_before:,} parameters -> {report.parameters_after:,}",
+        f"{report.seconds:.0f} s, at most {report.peak_memory / 2**20:,.0f} MiB of memory",
+    ):
+        say_plainly(console, line)
     for layer in report.layers:
         went = ", ".join(map(str, sorted(layer.removed))) if layer.removed else ""
         joined = ", ".join("+".join(map(str, group)) for group in layer.merged)
         what = f"removed {went}" if went else f"merged {joined}" if joined else "nothing went"
-        print(f"{layer.name}: {layer.experts_before} -> {layer.experts_after}: {what}")
+        counts = f"{layer.experts_before} -> {layer.experts_after}"
+        say_plainly(console, f"{layer.name}: {counts}: {what}")
 
 
 def _cells(change: Change) -> list[str]:

@@ -38,6 +38,10 @@ _ON_THE_WAY = {
 }
 
 
+# left out on a terminal, as the column is
+_NEEDS = "; needs are what a method is given beyond labelled images as they come"
+
+
 @dataclass(frozen=True)
 class _Table:
     """Names of columns for the file, for the terminal ("" to leave one out), rows, and a note."""
@@ -88,8 +92,7 @@ def _note(results: Mapping[str, Any]) -> str:
         "Final accuracy, average incremental accuracy, forgetting and backward transfer in percent"
         + (", mean ± 95% confidence interval over seeds" if several else "")
         + "; parameters are learned numbers that a prediction uses; memory is all that is kept "
-        "between experiences (1 MB = 1,000,000 bytes); seconds are of training; needs are what a "
-        "method is given beyond labelled images as they come."
+        f"between experiences (1 MB = 1,000,000 bytes); seconds are of training{_NEEDS}."
     )
 
 
@@ -200,7 +203,9 @@ def csv_table(results: Mapping[str, Any]) -> str:
 
 
 def _shorter(text: str, column: str) -> str:
-    """Only accuracies keep their interval in a narrow second table."""
+    """Only accuracies keep their interval in a narrow second table; long times, no fractions."""
+    if column == "sec" and len(text) > 5:
+        return f"{float(text):.0f}"
     bare = column in {short for _, short, scale in _ON_THE_WAY.values() if scale != 100.0}
     return text.partition(" ± ")[0] if bare or column == "domains" else text.replace(" ± ", "±")
 
@@ -208,26 +213,44 @@ def _shorter(text: str, column: str) -> str:
 def print_table(results: Mapping[str, Any], console: Any = None) -> None:
     """Print the tables of `results` to a rich console, by default one on standard output.
 
+    What is too wide for the console goes on in a second table below, not a figure is cut.
+
     Raises:
         ImportError: rich is not installed.
     """
-    box, rich_table = require("rich.box"), require("rich.table")
+    require("rich")
     console = console or require("rich.console").Console()
     for table in _tables(results):
-        drawn = rich_table.Table(
-            title=results["stream"],
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            padding=(0, 1, 0, 0),
-        )
+        title = results["stream"]
         shown = [i for i, short in enumerate(table.short) if short]
-        for i in shown:
-            justify = "left" if i == 0 else "right"
-            drawn.add_column(table.short[i], justify=justify, no_wrap=True)
-        for row in table.rows:
-            drawn.add_row(*(_shorter(row[i], table.short[i]) for i in shown))
-        console.print(drawn)
-        console.print(table.note, style="dim", highlight=False)
+        while shown[1:]:
+            count = len(shown)
+            while count > 2 and _width(_draw(table, shown[:count], title), console) > console.width:
+                count -= 1
+            console.print(_draw(table, shown[:count], title))
+            shown, title = [shown[0], *shown[count:]], None
+        console.print(table.note.replace(_NEEDS, ""), style="dim", highlight=False)
     if compared := comparison_note(results):
         console.print(compared, highlight=False)
+
+
+def _draw(table: _Table, shown: Sequence[int], title: str | None) -> Any:
+    """The columns that are shown, of which the first names the rows."""
+    drawn = require("rich.table").Table(
+        title=title,
+        title_justify="left",
+        box=require("rich.box").SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for i in shown:
+        drawn.add_column(table.short[i], justify="left" if i == shown[0] else "right", no_wrap=True)
+    for row in table.rows:
+        drawn.add_row(*(_shorter(row[i], table.short[i]) for i in shown))
+    return drawn
+
+
+def _width(drawn: Any, console: Any) -> int:
+    """How wide it would be were there room."""
+    measured = console.measure(drawn, options=console.options.update(max_width=10_000))
+    return int(measured.maximum)

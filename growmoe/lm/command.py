@@ -59,8 +59,8 @@ def train_lm(
     weights: Annotated[
         str, _option(_DATA, "A number for each domain, with commas.", show_default="equal")
     ] = "",
-    d_model: Annotated[int, _option(_MODEL, "Width.")] = TrainConfig.d_model,
-    layers: Annotated[int, _option(_MODEL, "Blocks.")] = TrainConfig.layers,
+    d_model: Annotated[int, _option(_MODEL, "Width of the model.")] = TrainConfig.d_model,
+    layers: Annotated[int, _option(_MODEL, "How many blocks.")] = TrainConfig.layers,
     heads: Annotated[int, _option(_MODEL, "Heads of attention.")] = TrainConfig.heads,
     hidden: Annotated[
         int | None, _option(_MODEL, "Width of an expert.", show_default="as d-model")
@@ -75,9 +75,12 @@ def train_lm(
     ] = TrainConfig.shared,
     dropout: Annotated[float, _option(_MODEL, "Of the transformer.")] = TrainConfig.dropout,
     balance_loss: Annotated[
-        float | None, _option(_MODEL, "Its coefficient.", show_default="as the router needs")
+        float | None,
+        _option(_MODEL, "Coefficient of the balance loss.", show_default="as the router needs"),
     ] = None,
-    z_loss: Annotated[float, _option(_MODEL, "Its coefficient.")] = TrainConfig.z_loss,
+    z_loss: Annotated[
+        float, _option(_MODEL, "Coefficient of the router z-loss.")
+    ] = TrainConfig.z_loss,
     steps: Annotated[int, _option(_TRAINING, "Optimizer steps.")] = TrainConfig.steps,
     batch_size: Annotated[int, _option(_TRAINING, "Sequences per step.")] = TrainConfig.batch_size,
     sequence_length: Annotated[
@@ -88,7 +91,8 @@ def train_lm(
         str, _option(_TRAINING, "cosine, wsd or constant, after the warm-up.")
     ] = TrainConfig.schedule,
     warmup: Annotated[
-        int | None, _option(_TRAINING, "Steps of it.", show_default="a 20th of the steps")
+        int | None,
+        _option(_TRAINING, "Steps over which the rate rises.", show_default="a 20th of the steps"),
     ] = None,
     weight_decay: Annotated[
         float, _option(_TRAINING, "Of matrices alone.")
@@ -115,14 +119,16 @@ def train_lm(
             "Grow a path, as large as a dense model, for each new kind of text: it forgets none.",
         ),
     ] = TrainConfig.paths,
-    max_experts: Annotated[int, _option(_GROWTH, "Per layer.")] = TrainConfig.max_experts,
+    max_experts: Annotated[
+        int, _option(_GROWTH, "The most in a layer, or of paths.")
+    ] = TrainConfig.max_experts,
     organize_every: Annotated[
         int, _option(_GROWTH, "Steps between decisions.")
     ] = TrainConfig.organize_every,
     output: Annotated[Path, _option(_RUN, "A folder for the run.")] = Path("runs/lm"),
-    seed: Annotated[int, _option(_RUN, "Of weights and batches.")] = TrainConfig.seed,
+    seed: Annotated[int, _option(_RUN, "Decides weights and batches.")] = TrainConfig.seed,
     evaluate_every: Annotated[
-        int | None, _option(_RUN, "Steps between.", show_default="a 10th of the steps")
+        int | None, _option(_RUN, "Steps between evaluations.", show_default="a 10th of the steps")
     ] = None,
     windows: Annotated[
         int, _option(_RUN, "Sequences per domain in an evaluation.")
@@ -144,7 +150,12 @@ def train_lm(
         int, _option(_RUN, "Workers on Ray to share the experts out among; 0: none.", min=0)
     ] = 0,
     tensorboard: Annotated[
-        bool, _option(_RUN, "Scalars and histograms for TensorBoard, in the run's folder.")
+        bool,
+        typer.Option(
+            "--tensorboard",
+            rich_help_panel=_RUN,
+            help="Also scalars and histograms for TensorBoard, as the run goes on.",
+        ),
     ] = False,
 ) -> None:
     """Train a small mixture-of-experts language model on text."""

@@ -14,7 +14,7 @@ from growmoe.report.watch import Watch
 
 RUNS = Annotated[
     list[Path],
-    typer.Argument(metavar="RUN...", help="Folders of runs; several are compared."),
+    typer.Argument(metavar="RUN", help="Folders of runs; several are compared."),
 ]
 
 

@@ -87,3 +87,27 @@ def test_both_tables_fit_a_terminal_of_eighty_columns():
     lines = file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80 and "…" not in file.getvalue()
     assert any("any-time" in line and "false" in line for line in lines)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_what_does_not_fit_goes_on_below_and_no_figure_is_cut(width):
+    slow = Cell(
+        [[0.9, 0.1], [0.5, 0.7]], seconds=123456.7, parameters=123_456, memory=Memory(model=10**11)
+    )
+    found = results(**{"a-method-of-long-name": slow, "full": FULL})
+    file = io.StringIO()
+    print_table(found, Console(file=file, width=width))
+    text = file.getvalue()
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    for part in ("60.0±0.0", "100000.00", "123457", "any-time", "domains"):
+        assert part in text, part
+    headings = [line for line in text.splitlines() if line.startswith(" method ")]
+    assert len(headings) == 2 if width == 200 else len(headings) > 2
+    assert "needs" not in text  # of which the terminal has no column
+
+
+def test_a_bench_of_many_hours_still_fits_in_one_table_of_eighty_columns():
+    slow = Cell([[0.9, 0.1], [0.5, 0.7]], 1029.9, 478_000, Memory(model=21_050_000))
+    file = io.StringIO()
+    print_table(results(**{"replay-2000": slow}), Console(file=file, width=80))
+    assert file.getvalue().count(" method ") == 1 and "1030" in file.getvalue()
