@@ -15,7 +15,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-REFRESH = 4  # a second
+REFRESH = 2  # a second: a panel takes some 6 ms to draw, for which the run has to wait
 
 
 def animated(console: Console) -> bool:

@@ -200,8 +200,6 @@ def train_lm(
         seed=seed,
     )
     command = shlex.join(["growmoe", *sys.argv[1:]])
-    if workers and tensorboard:
-        raise TrainError("--tensorboard does not go with --workers")
     board = None
     if tensorboard:
         from growmoe.report.board import Board
@@ -219,9 +217,15 @@ def train_lm(
             from growmoe.lm.workers import train_on_workers
 
             run = train_on_workers(
-                config, workers, output=output, command=command, progress=view.progress,
+                config,
+                workers,
+                output=output,
+                command=command,
+                progress=view.progress,
                 say=view.say,
-            )  # fmt: skip
+                listen=listen,
+                lived=follower.lived,
+            )
         else:
             run = train(
                 config,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from growmoe.lm.config import TrainConfig, TrainError
 from growmoe.lm.data import batch, phase_weights
 from growmoe.lm.domains import load_domains
 from growmoe.lm.evaluate import autocast, context, cross_entropy
+from growmoe.lm.follow import LogReader
 from growmoe.lm.loop import Loop
 from growmoe.lm.model import build_model
 from growmoe.lm.optimize import learning_rate, pick_device
@@ -35,6 +36,8 @@ def train_on_workers(
     on: Literal["ray", "processes"] = "ray",
     progress: Callable[[float, str], None] = lambda fraction, text: None,
     say: Callable[[str], None] = lambda text: None,
+    listen: Callable[[Mapping[str, Any]], None] = lambda line: None,
+    lived: Callable[[Sequence[growmoe.Event]], None] = lambda events: None,
 ) -> Run:
     """As `growmoe.lm.train`, each batch divided among workers that share the experts out.
 
@@ -44,6 +47,8 @@ def train_on_workers(
     Args:
         workers: how many, at most the batch size.
         on: as for `growmoe.distributed.fit`.
+        listen: given each line of the log, some seconds after it was written.
+        lived: given the lineage whenever it was written anew, as often as a checkpoint.
 
     Raises:
         TrainError: the run cannot be done as asked.
@@ -61,12 +66,14 @@ def train_on_workers(
     # what is wrong with the data or the folder is found before anything starts
     RunFolder(output, _identity(config, job), command)
 
+    log = LogReader(Path(output), listen, lived)
+
     def watch(status: dict[str, Any]) -> None:
-        loss = status["values"].get("loss")
+        step = status["step"]
         progress(
-            status["step"] / config.steps,
-            f"{status['workers']} workers" + ("" if loss is None else f" · loss {loss:.3f}"),
+            step / config.steps, f"step {step:,} of {config.steps:,} · {status['workers']} workers"
         )
+        log.read()
 
     result = distributed.fit(
         train_part,
@@ -79,6 +86,7 @@ def train_on_workers(
         progress=False,
         watch=watch,
     )
+    log.read()
     for recovery in result.recoveries:
         say(
             f"a worker died ({recovery.reason[:80]}): went on after {recovery.seconds:.1f} s, "

@@ -114,7 +114,7 @@ class View:
 
 @contextmanager
 def live_view(console: Console, title: str) -> Iterator[View]:
-    """A panel that follows a run, drawn four times a second, and gone when the run is over.
+    """A panel that follows a run, drawn twice a second, and gone when the run is over.
 
     In a pipe, on a dumb terminal and with NO_COLOR set, what is said is written as plain lines.
     """

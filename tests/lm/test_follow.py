@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 from growmoe.glimpse import Glimpse
+from growmoe.lineage import Event
 from growmoe.lm import TrainConfig, train
-from growmoe.lm.follow import Follower
+from growmoe.lm.follow import Follower, LogReader
 from growmoe.rules import Proposal
 
 
@@ -38,3 +41,27 @@ def test_the_curves_are_those_of_the_log(texts) -> None:
     assert not any("spawned" in line for line in said)
     plain = train(config, rules=[Always()])
     assert [line["loss"] for line in plain.history if line["kind"] == "train"] == losses
+
+
+def test_a_folder_that_others_write_is_told_once_and_whole(tmp_path) -> None:
+    heard, lives = [], []
+    reader = LogReader(tmp_path, heard.append, lives.append)
+    reader.read()  # nothing is there yet
+    log = tmp_path / "metrics.jsonl"
+    line = '{"kind": "train", "step": %d}\n'
+    log.write_text(line % 1 + line % 2 + '{"kind": "tr')
+    reader.read()
+    log.write_text(line % 1)  # the run went back
+    reader.read()
+    log.write_text(line % 1 + line % 2 + line % 3 + '{"kind": "evaluation", "step": 3}\n')
+    event = Event(2, "a", "prune", (1,), reason="idle")
+    (tmp_path / "lineage.jsonl").write_text(json.dumps(event.to_json()) + "\n")
+    reader.read()
+    reader.read()
+    assert [(one["kind"], one["step"]) for one in heard] == [
+        ("train", 1), ("train", 2), ("train", 3), ("evaluation", 3),
+    ]  # fmt: skip
+    assert lives == [[event]]
+    seen: list[Glimpse] = []
+    Follower(TrainConfig(), seen.append).lived([event])
+    assert list(seen[-1].events) == [str(event)]

@@ -1,5 +1,6 @@
 """A language model on several workers learns what it learns on one."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,12 @@ TINY = TrainConfig(
 def test_two_workers_learn_what_one_process_does(texts, tmp_path):
     config = replace(TINY, domains=texts[:1])
     one = train(config)
-    two = train_on_workers(config, 2, output=tmp_path / "two", on="processes")
+    heard = []
+    two = train_on_workers(config, 2, output=tmp_path / "two", on="processes", listen=heard.append)
+    assert heard == two.history
+    maps = json.loads((tmp_path / "two" / "routing.json").read_text())
+    (layer,) = maps.values()
+    assert sum(map(sum, layer[0]["counts"])) == 2 * 4 * 16  # k experts for each token, once
     assert two.finished and two.steps == 8
     kinds = [line["kind"] for line in one.history]
     assert [line["kind"] for line in two.history] == kinds
