@@ -21,6 +21,7 @@ from rich.console import Console  # noqa: E402
 
 from growmoe.compress.command import inspect_command, merge_command, prune_command  # noqa: E402
 from growmoe.compress.layer import CompressError  # noqa: E402
+from growmoe.console import printer  # noqa: E402
 from growmoe.continual.bench import BenchError, Outcome, run_bench  # noqa: E402
 from growmoe.continual.methods import METHODS, Method  # noqa: E402
 from growmoe.continual.methods import controls as growmoe_controls  # noqa: E402
@@ -181,7 +182,7 @@ def _bench_one(
             show=view.show if view.moving else None,
             listen=(lambda record: None) if board is None else board.cell,
         )
-    print_table(outcome.results, Console())
+    print_table(outcome.results, printer())
     print("\nwritten:")
     for path in [*outcome.files, *[output / "tensorboard"] * tensorboard]:
         print(f"  {path}")

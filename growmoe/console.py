@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,11 @@ from rich.progress import (
 )
 
 REFRESH = 2  # a second: a panel takes some 6 ms to draw, for which the run has to wait
+
+
+def printer() -> Console:
+    """Standard output for tables; with NO_COLOR set, no control codes at all, bold ones neither."""
+    return Console(color_system=None if os.environ.get("NO_COLOR") else "auto")
 
 
 def animated(console: Console) -> bool:

@@ -25,7 +25,7 @@ from growmoe.compress.output import writing
 from growmoe.compress.plan import PerLayer
 from growmoe.compress.report import Inspection, Report
 from growmoe.compress.runs import is_hugging_face, load_run, save_run, texts_of
-from growmoe.console import progress_bar, say_plainly
+from growmoe.console import printer, progress_bar, say_plainly
 
 _BUDGET, _CHOICE, _DATA, _AFTER = "Budget", "Choice", "Data", "Afterwards"
 
@@ -233,7 +233,7 @@ def inspect_command(
             found = inspect(
                 run.model, texts_of(run, options).calibration, seed=seed, progress=progress
             )
-    print_inspection(found, Console())
+    print_inspection(found, printer())
     if output is not None:
         with writing(output) as folder:
             files = found.write(folder)
@@ -252,7 +252,7 @@ def run_command(options: Options) -> None:
             report = act(options, progress, say)
         else:
             report = compress_run(options, progress, say)
-    print_report(report, Console())
+    print_report(report, printer())
     print("\nwritten:")
     assert options.output is not None
     for path in sorted(options.output.iterdir()):

@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from growmoe.console import printer
 from growmoe.lm.config import Curriculum, Precision, Schedule, TrainConfig, TrainError
 from growmoe.lm.follow import Follower
 from growmoe.lm.run import HEADINGS, table_rows
@@ -236,7 +237,9 @@ def train_lm(
                 listen=listen,
                 happened=follower.happened if view.moving else None,
             )
-    _print(run, Console())
+    _print(run, printer())
+    if board is not None:
+        print(f"  {output / 'tensorboard'}")
 
 
 def _domains(names: str, text: list[str]) -> tuple[str, ...]:

@@ -75,6 +75,7 @@ def train_on_workers(
         )
         log.read()
 
+    progress(0.0, f"{workers} workers start")
     result = distributed.fit(
         train_part,
         job,

@@ -11,6 +11,7 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
+from growmoe.console import printer
 from growmoe.glimpse import Glimpse
 from growmoe.report import terminal
 from growmoe.report.terminal import View, live_view, sparkline
@@ -127,3 +128,11 @@ def test_on_a_terminal_lines_stay_above_the_panel_which_goes() -> None:
     text = console.file.getvalue()
     assert "a line [that] stays" in text and "91.25" in text
     assert text.endswith("\x1b[?25h") or "\x1b[2K" in text  # erased, and the cursor is back
+
+
+def test_no_color_leaves_bold_and_dim_out_of_tables_too(monkeypatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    console = printer()
+    console.file, console._force_terminal = Screen(), True
+    console.print("[bold]words[/bold] [dim]dim[/dim]")
+    assert console.file.getvalue() == "words dim\n"
