@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
-import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.console import Console  # noqa: E402
 
 from growmoe.compress.command import inspect_command, merge_command, prune_command  # noqa: E402
 from growmoe.compress.layer import CompressError  # noqa: E402
-from growmoe.console import printer  # noqa: E402
+from growmoe.console import command_line, print_written, printer  # noqa: E402
 from growmoe.continual.bench import BenchError, Outcome, run_bench  # noqa: E402
 from growmoe.continual.methods import METHODS, Method  # noqa: E402
 from growmoe.continual.methods import controls as growmoe_controls  # noqa: E402
@@ -175,7 +174,7 @@ def _bench_one(
             seeds,
             output,
             data_dir,
-            command=shlex.join(["growmoe", *sys.argv[1:]]),
+            command=command_line(),
             progress=view.progress,
             say=view.say,
             workers=workers,
@@ -183,9 +182,7 @@ def _bench_one(
             listen=(lambda record: None) if board is None else board.cell,
         )
     print_table(outcome.results, printer())
-    print("\nwritten:")
-    for path in [*outcome.files, *[output / "tensorboard"] * tensorboard]:
-        print(f"  {path}")
+    print_written([*outcome.files, *[output / "tensorboard"] * tensorboard])
     if outcome.failures:
         for failure in outcome.failures:
             print(f"growmoe: {failure}", file=sys.stderr)

@@ -1,12 +1,16 @@
-"""What the commands share on a terminal: a progress bar that is plain lines in a pipe."""
+"""What commands share on a terminal: tables, what was written, a bar that is plain in a pipe."""
 
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,6 +19,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Table
 
 REFRESH = 2  # a second: a panel takes some 6 ms to draw, for which the run has to wait
 
@@ -22,6 +27,26 @@ REFRESH = 2  # a second: a panel takes some 6 ms to draw, for which the run has 
 def printer() -> Console:
     """Standard output for tables; with NO_COLOR set, no control codes at all, bold ones neither."""
     return Console(color_system=None if os.environ.get("NO_COLOR") else "auto")
+
+
+def table(*headings: str) -> Table:
+    """An empty table without frames: the first column is text, the others figures."""
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, heading in enumerate(headings):
+        drawn.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
+    return drawn
+
+
+def print_written(paths: Iterable[Path]) -> None:
+    """Which files a command has left."""
+    print("\nwritten:")
+    for path in paths:
+        print(f"  {path}")
+
+
+def command_line() -> str:
+    """The command as it was given, to be kept beside what came of it."""
+    return shlex.join(["growmoe", *sys.argv[1:]])
 
 
 def animated(console: Console) -> bool:

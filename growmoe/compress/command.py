@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from growmoe.compress.act import act_on
 from growmoe.compress.api import inspect
@@ -25,7 +21,7 @@ from growmoe.compress.output import writing
 from growmoe.compress.plan import PerLayer
 from growmoe.compress.report import Inspection, Report
 from growmoe.compress.runs import is_hugging_face, load_run, save_run, texts_of
-from growmoe.console import printer, progress_bar, say_plainly
+from growmoe.console import command_line, print_written, printer, progress_bar, say_plainly, table
 
 _BUDGET, _CHOICE, _DATA, _AFTER = "Budget", "Choice", "Data", "Afterwards"
 
@@ -153,7 +149,7 @@ def prune_command(
             streaming=streaming,
             trust=own_format,
             seed=seed,
-            command=_command(),
+            command=command_line(),
         )
     )
 
@@ -196,7 +192,7 @@ def merge_command(
             control=control,
             trust=own_format,
             seed=seed,
-            command=_command(),
+            command=command_line(),
         )
     )
 
@@ -237,9 +233,7 @@ def inspect_command(
     if output is not None:
         with writing(output) as folder:
             files = found.write(folder)
-        print("\nwritten:")
-        for path in files:
-            print(f"  {output / path.name}")
+        print_written(output / path.name for path in files)
 
 
 def run_command(options: Options) -> None:
@@ -253,10 +247,8 @@ def run_command(options: Options) -> None:
         else:
             report = compress_run(options, progress, say)
     print_report(report, printer())
-    print("\nwritten:")
     assert options.output is not None
-    for path in sorted(options.output.iterdir()):
-        print(f"  {path}")
+    print_written(sorted(options.output.iterdir()))
 
 
 def compress_run(options: Options, progress: Progress, say: Any) -> Report:
@@ -281,10 +273,7 @@ def compress_run(options: Options, progress: Progress, say: Any) -> Report:
 
 
 def print_report(report: Report, console: Console) -> None:
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
-    drawn.add_column("domain")
-    for heading in ("before", "after", "change", "95% interval", "samples"):
-        drawn.add_column(heading, justify="right", no_wrap=True)
+    drawn = table("domain", "before", "after", "change", "95% interval", "samples")
     for name, change in report.domains.items():
         drawn.add_row(name, *_cells(change))
     for label, found in (report.recovery or {}).get("tables", {}).items():
@@ -327,11 +316,8 @@ def print_inspection(found: Inspection, console: Console) -> None:
             f"{layer['parameters']:,} parameters each",
             highlight=False,
         )
-        drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
         names = list(layer["saliency"])
-        headings = ("expert", "load", *names, "most like", "cosine")
-        for i, heading in enumerate(headings):
-            drawn.add_column(heading, justify="right", no_wrap=i > 0)
+        drawn = table("expert", "load", *names, "most like", "cosine")
         for e, id in enumerate(layer["ids"]):
             cells = [str(id), "-" if layer["load"] is None else f"{layer['load'][e]:.2%}"]
             cells += [f"{layer['saliency'][name][e]:.4g}" for name in names]
@@ -354,7 +340,3 @@ def _named(evaluation: list[str] | None) -> dict[str, Path]:
             raise CompressError(f"two texts to evaluate on are called {key!r}: name one NAME=FILE")
         found[key] = Path(place)
     return found
-
-
-def _command() -> str:
-    return shlex.join(["growmoe", *sys.argv[1:]])

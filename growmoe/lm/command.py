@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from growmoe.console import printer
+from growmoe.console import command_line, print_written, printer, table
 from growmoe.lm.config import Curriculum, Precision, Schedule, TrainConfig, TrainError
 from growmoe.lm.follow import Follower
 from growmoe.lm.run import HEADINGS, table_rows
@@ -200,7 +196,6 @@ def train_lm(
         device=device,
         seed=seed,
     )
-    command = shlex.join(["growmoe", *sys.argv[1:]])
     board = None
     if tensorboard:
         from growmoe.report.board import Board
@@ -221,7 +216,7 @@ def train_lm(
                 config,
                 workers,
                 output=output,
-                command=command,
+                command=command_line(),
                 progress=view.progress,
                 say=view.say,
                 listen=listen,
@@ -231,15 +226,14 @@ def train_lm(
             run = train(
                 config,
                 output=output,
-                command=command,
+                command=command_line(),
                 progress=view.progress,
                 say=view.say,
                 listen=listen,
                 happened=follower.happened if view.moving else None,
             )
     _print(run, printer())
-    if board is not None:
-        print(f"  {output / 'tensorboard'}")
+    print_written([*run.files, *[output / "tensorboard"] * tensorboard])
 
 
 def _domains(names: str, text: list[str]) -> tuple[str, ...]:
@@ -262,9 +256,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _print(run: Run, console: Console) -> None:
     results = run.results
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
-    for i, heading in enumerate(HEADINGS):
-        drawn.add_column(heading, justify="left" if i == 0 else "right", no_wrap=i > 0)
+    drawn = table(*HEADINGS)
     for row in table_rows(results):
         drawn.add_row(*row)
     console.print(drawn)
@@ -277,6 +269,3 @@ def _print(run: Run, console: Console) -> None:
     )
     if not run.finished:
         print(f"step {run.steps} of {run.config.steps}: the same command goes on from here")
-    print("\nwritten:")
-    for path in run.files:
-        print(f"  {path}")
