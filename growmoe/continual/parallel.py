@@ -50,7 +50,10 @@ def run_parallel(
     try:
         # a cell is deterministic: what failed once would fail again
         call = ray.remote(num_cpus=1, max_retries=0, runtime_env=environment)(_run)
-        mailbox = None if hear is None else ray.remote(num_cpus=0)(_Mailbox).remote()
+        mailbox = None
+        if hear is not None:  # should it die, another takes its place: no run ends for its view
+            kept = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+            mailbox = ray.remote(**kept)(_Mailbox).remote()
         waiting = list(range(len(tasks)))
         running: dict[Any, int] = {}
         while waiting or running:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from growmoe.continual import metrics, store
+from growmoe.continual import metrics
 
 _CURVES = {
     "anytime": ("accuracy/any-time", 1.0),
@@ -78,7 +78,7 @@ class BenchBoard:
     """A TensorBoard run for each finished cell of a bench, so that methods lie over one another.
 
     Args:
-        path: the folder, made with the first cell; cells that it already has are left alone.
+        path: the folder, made with the first cell; a cell that it has is written anew.
 
     Raises:
         ImportError: tensorboard is not installed.
@@ -93,9 +93,7 @@ class BenchBoard:
 
         Accuracy by experience is over the number of experiences, loads are over mini-batches.
         """
-        place = self.path / store.cell_path(self.path, record["method"], record["seed"]).stem
-        if place.exists():
-            return
+        place = self.path / f"{record['method']}-seed{record['seed']}"
         # whole or not at all
         unfinished = place.with_name(f".{place.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -109,6 +107,7 @@ class BenchBoard:
         for entry in record.get("load_history") or ():
             board.write(entry["step"], {}, _by_layer(entry["load"]))
         board.close()
+        shutil.rmtree(place, ignore_errors=True)
         unfinished.rename(place)
 
 

@@ -57,13 +57,14 @@ class View:
 
     def show(self, name: str, seen: Glimpse | None) -> None:
         """What is to be seen of one thing that runs, "" for the only one; None when it ended."""
+        # another thread may be drawing what was seen before: nothing of it is changed
         if seen is None:
-            self._seen.pop(name, None)
+            self._seen = {of: one for of, one in self._seen.items() if of != name}
             return
         before = self._seen[name].events if name in self._seen else ()
         new = [event for event in seen.events if event not in before]
         self._events = [*self._events, *((name, event) for event in new)][-_EVENTS:]
-        self._seen = {**self._seen, name: seen}  # another thread may be drawing the one before
+        self._seen = {**self._seen, name: seen}
 
     @property
     def left(self) -> float | None:
@@ -86,7 +87,7 @@ class View:
         if room > 3:
             for name, one in seen.items():
                 lines += [Rule(style="dim")] * bool(lines) + [_one(name, one, plain)]
-        else:
+        elif seen:
             lines.append(_many(seen, plain))
         if self._events:
             names = {*seen, *(name for name, _ in self._events)}

@@ -41,7 +41,7 @@ def test_each_cell_is_a_run_with_its_curves_experts_and_loads(tmp_path: Path) ->
     assert len(events.Scalars("accuracy/by experience")) == len(cell["accuracy_matrix"])
 
 
-def test_a_cell_is_written_once(tmp_path: Path) -> None:
+def test_a_cell_written_again_replaces_itself(tmp_path: Path) -> None:
     records, _ = store.read_cells(write_bench(tmp_path / "run", seeds=1, rival=False))
     left = tmp_path / "tensorboard" / ".growmoe-seed0.unfinished"  # of a run that was killed
     left.mkdir(parents=True)

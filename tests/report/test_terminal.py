@@ -136,3 +136,15 @@ def test_no_color_leaves_bold_and_dim_out_of_tables_too(monkeypatch) -> None:
     console.file, console._force_terminal = Screen(), True
     console.print("[bold]words[/bold] [dim]dim[/dim]")
     assert console.file.getvalue() == "words dim\n"
+
+
+def test_what_is_being_drawn_is_not_changed_by_what_happens_meanwhile() -> None:
+    view = View(screen(), "t")
+    view.show("a", SEEN)
+    view.show("b", SEEN)
+    drawing = iter(view._seen.items())  # as the thread that draws does
+    next(drawing)
+    view.show("a", None)
+    view.show("c", SEEN)
+    assert next(drawing)[0] == "b"
+    assert "a" not in view._seen

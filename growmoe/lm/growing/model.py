@@ -45,6 +45,8 @@ class GrowingLM(nn.Module):
 
     Attributes:
         layer: the `MoE` of paths; its lineage tells when and why each was born.
+        share_K: [K], the mean weight that the gate gave each path in the last forward, or None
+            where it did not mix.
 
     Raises:
         ValueError: an option out of range.
