@@ -133,10 +133,12 @@ class GrowingLM(nn.Module):
         self.share_K = None
         if len(self.layer.experts) == 1:
             return self.path_logits(token_BS, self.paths[0].id).log_softmax(-1)
-        told = before_BP is not None and before_BP.shape[1] >= _ENOUGH
-        if self.gate == "trigrams" and told:
+        if self._one_path_will_do(before_BP):
             return self.path_logits(token_BS, self.choose(cast(Tensor, before_BP))).log_softmax(-1)
-        return self._mixed(token_BS, before_BP)
+        logp_KBSV = self.all_log_probs(token_BS)
+        weight_KBS = self._weights(logp_KBSV, token_BS, before_BP)
+        self.share_K = weight_KBS.detach().mean((1, 2))
+        return (logp_KBSV + weight_KBS.log()[..., None]).logsumexp(0)
 
     def path_logits(self, token_BS: Tensor, path: int | Tensor) -> Tensor:
         """Logits of the path with an id, or of one for each sequence: [B, S] -> [B, S, V]."""
@@ -160,16 +162,31 @@ class GrowingLM(nn.Module):
         best_B = cast(PathRouter, self.layer.router).scores(before_BP, experts).argmax(1)
         return torch.tensor([e.id for e in experts], device=before_BP.device)[best_B]
 
-    def _mixed(self, token_BS: Tensor, before_BP: Tensor | None) -> Tensor:
-        logp_KBSV = self.all_log_probs(token_BS)
+    def path_weights(self, token_BS: Tensor, before_BP: Tensor | None = None) -> Tensor:
+        """How much each path weighs in a prediction of `forward`: [K, B, S], summing to 1 over K.
+
+        Args: as for `forward`.
+        """
+        self._check(token_BS)
+        if self._one_path_will_do(before_BP):
+            chosen_B = self.choose(cast(Tensor, before_BP))
+            id_K = torch.tensor([e.id for e in self.paths], device=token_BS.device)
+            weight_KB = (id_K[:, None] == chosen_B).to(next(self.parameters()).dtype)
+            return weight_KB[..., None].expand(-1, -1, token_BS.shape[1])
+        return self._weights(self.all_log_probs(token_BS), token_BS, before_BP)
+
+    def _one_path_will_do(self, before_BP: Tensor | None) -> bool:
+        told = before_BP is not None and before_BP.shape[1] >= _ENOUGH
+        return self.gate == "trigrams" and told
+
+    def _weights(self, logp_KBSV: Tensor, token_BS: Tensor, before_BP: Tensor | None) -> Tensor:
         weight_KB = logp_KBSV.new_full(logp_KBSV.shape[:2], 1 / len(logp_KBSV))
         if before_BP is not None and before_BP.shape[1] > 1:
             past_KBSV = self.all_log_probs(before_BP[:, :-1])
             _, weight_KB = posterior(_of(past_KBSV, before_BP[:, 1:]), weight_KB)
         # position t predicts token t + 1, so it may use the evidence of tokens 1 to t
         weight_KBS, _ = posterior(_of(logp_KBSV[:, :, :-1], token_BS[:, 1:]), weight_KB)
-        self.share_K = weight_KBS.detach().mean((1, 2))
-        return (logp_KBSV + weight_KBS.log()[..., None]).logsumexp(0)
+        return weight_KBS
 
     @torch.no_grad()
     def generate(

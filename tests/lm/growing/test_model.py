@@ -63,6 +63,23 @@ def test_the_mixture_is_that_of_the_definition():
                     w = (1 - SWITCH) * joint / joint.sum() + SWITCH / 3
 
 
+@pytest.mark.parametrize("gate", ["likelihood", "trigrams"])
+@pytest.mark.parametrize("told", [None, torch.randint(8, 16, (3, 20))])
+def test_the_weights_of_the_paths_are_those_of_the_predictions(gate, told):
+    model = grown(gate=gate)
+    x = torch.randint(32, (3, 24))
+    weight_KBS = model.path_weights(x, told)
+    assert weight_KBS.shape == (3, 3, 24)
+    torch.testing.assert_close(weight_KBS.sum(0), torch.ones(3, 24))
+    mixed = (model.all_log_probs(x) + weight_KBS.log()[..., None]).logsumexp(0)
+    torch.testing.assert_close(model(x, told), mixed)
+
+
+def test_the_only_path_weighs_all():
+    model = GrowingLM(**SIZES).eval()
+    torch.testing.assert_close(model.path_weights(torch.randint(32, (2, 5))), torch.ones(1, 2, 5))
+
+
 def test_the_posterior_follows_a_change_of_text():
     logp = torch.full((2, 1, 40), -5.0)
     logp[0, :, :20] = -1.0
