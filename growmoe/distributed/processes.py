@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +20,9 @@ class Processes:
 
     Args:
         most: how many there may be at a time.
+
+    Raises:
+        ValueError: the loop was typed into a notebook or a prompt, where workers cannot find it.
     """
 
     host = "127.0.0.1"
@@ -30,6 +34,13 @@ class Processes:
         settings: Settings,
         most: int,
     ) -> None:
+        main = sys.modules["__main__"]
+        typed = main.__spec__ is None and not os.path.isfile(getattr(main, "__file__", None) or "")
+        if typed and getattr(train_loop, "__module__", None) == "__main__":
+            raise ValueError(
+                "on='processes': workers import the training loop, so it cannot be typed into a "
+                "notebook or a prompt: put it into a module and import it, or use on='ray'"
+            )
         self.job = (train_loop, config, settings)
         self.most = most
         self.living: dict[int, multiprocessing.process.BaseProcess] = {}

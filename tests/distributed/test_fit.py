@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -141,6 +142,19 @@ def test_without_ray_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"growmoe\[distributed\]"):
         fit(train)
+
+
+def test_a_loop_that_was_typed_in_is_refused_where_workers_cannot_find_it():
+    typed = """
+from growmoe.distributed import fit
+def loop(config, run): return 1
+try:
+    fit(loop, on="processes")
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-"], input=typed, capture_output=True, text=True)
+    assert "put it into a module" in done.stdout, done.stderr
 
 
 def test_the_bar_tells_of_all_workers():
