@@ -42,8 +42,9 @@ class StreamLearner:
     bit. If the alarm is not raised, the batches that waited are learned late. Nothing is learned
     twice.
 
-    What it cannot see: a text of the same trigrams, a part of a mixture that it knows, or a change
-    so slow that each batch is as usual. The active path learns it and forgets as any model does.
+    What it cannot see: a text of the same trigrams, a part of a mixture that it knows, a change so
+    slow that each batch is as usual, or one within about the first 80 batches of a path, before it
+    is known what is usual. The active path learns it and forgets as any model does.
     Batches should be of one size, since a smaller one is less like any text.
 
     The learning rate follows each path's own steps, since nobody knows how long a text will go on:
