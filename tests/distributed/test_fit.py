@@ -2,8 +2,8 @@
 
 import json
 import re
-import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -144,17 +144,14 @@ def test_without_ray_it_says_what_to_install(monkeypatch):
         fit(train)
 
 
-def test_a_loop_that_was_typed_in_is_refused_where_workers_cannot_find_it():
-    typed = """
-from growmoe.distributed import fit
-def loop(config, run): return 1
-try:
-    fit(loop, on="processes")
-except ValueError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-"], input=typed, capture_output=True, text=True)
-    assert "put it into a module" in done.stdout, done.stderr
+def test_a_loop_that_was_typed_in_is_refused_where_workers_cannot_find_it(monkeypatch):
+    def typed(config, run):
+        pass
+
+    typed.__module__ = "__main__"
+    monkeypatch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))  # as in a notebook
+    with pytest.raises(ValueError, match="put it into a module"):
+        fit(typed, on="processes")
 
 
 def test_the_bar_tells_of_all_workers():
