@@ -15,8 +15,8 @@ from torch import Tensor
 from growmoe.assignment import Assignment
 from growmoe.continual.domains import Domain
 from growmoe.experts.expert import Expert
-from growmoe.routers.closed_form import solve_blocks
 from growmoe.routers.gate import Context, Entry
+from growmoe.routers.ridge import solve_blocks
 from growmoe.routers.router import Router, Routing
 
 

@@ -21,7 +21,8 @@ from growmoe.experts.moments import Moments, with_constant
 from growmoe.lineage import Event, Lineage
 from growmoe.moe import MoE
 from growmoe.organizer import Organizer
-from growmoe.routers.closed_form import ClosedFormGate, scaled_moments, solve_blocks
+from growmoe.routers.closed_form import ClosedFormGate, scaled_moments
+from growmoe.routers.ridge import solve_blocks
 from growmoe.rules import Rule
 
 Totals = tuple[list[Tensor], list[Tensor]]

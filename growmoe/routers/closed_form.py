@@ -17,7 +17,9 @@ from growmoe.assignment import Assignment
 from growmoe.experts.expert import Expert
 from growmoe.experts.moments import Moments
 from growmoe.experts.statistics import NOVEL_Z, READY_HITS, RecordView, distance_z
+from growmoe.routers.duel import Duel
 from growmoe.routers.gate import Context, Entry
+from growmoe.routers.ridge import solve_blocks
 from growmoe.routers.router import Router, Routing
 
 
@@ -34,13 +36,16 @@ class ClosedFormGate(Router):
        experts have seen, as RanPAC (arXiv 2307.02251, eq. 5) and ACIL (2205.14922) solve it, since
        the sum of the experts' moments is the moment of everything.
     2. The S best labels are each represented by their expert that finds the input least novel.
-    3. Each pair (a, b) of these has a local head, least squares onto ±1 on M_a + M_b alone: what
-       separates two experts is told best by their own scatter, not by everyone's. The expert's
-       weight is Σ over its opponents of σ(4 · head), over the sum of all.
+    3. Each pair (a, b) of these has a local head w, least squares onto ±1 on M_a + M_b alone: what
+       separates two experts is told best by their own scatter, not by everyone's. The moments also
+       tell how each of the two scores on it, with mean w·m and variance wᵀMw/n − (w·m)². Taken as
+       Gaussians, these make the score s a log-likelihood ratio: ½ ln(v_b / v_a) +
+       (s − μ_b)² / 2v_b − (s − μ_a)² / 2v_a, whichever of the two has had more inputs so far. The
+       expert's weight is Σ over its opponents of σ(ratio), over the sum of all.
 
-    Where the experts keep their features in blocks (`Moments`), each block has heads of its own
-    and their mean decides. Heads are solved when first needed and kept until the moments behind
-    them change.
+    Where the experts keep their features in blocks (`Moments`), each block has heads of its own;
+    their mean score decides globally, their mean ratio locally. Heads are solved when first needed
+    and kept until the moments behind them change.
 
     Args:
         shortlist: S.
@@ -52,14 +57,15 @@ class ClosedFormGate(Router):
     balances = True  # by what the labels are; there is nothing to even out
     capped = False
 
-    def __init__(self, shortlist: int = 3, ridge: float = 0.3, local_ridge: float = 2.0) -> None:
+    def __init__(self, shortlist: int = 4, ridge: float = 0.3, local_ridge: float = 2.0) -> None:
         super().__init__()
         if not isinstance(shortlist, int) or shortlist < 1:
             raise ValueError(f"shortlist must be a positive integer, got {shortlist!r}")
         if not (ridge > 0 and local_ridge > 0):
             raise ValueError(f"ridges must be positive, got {ridge!r} and {local_ridge!r}")
         self.shortlist, self.ridge, self.local_ridge = shortlist, ridge, local_ridge
-        self._heads: dict[Any, Tensor] = {}
+        self._head: tuple[Any, Tensor] | None = None  # of whom, and the head
+        self._duels: dict[Any, Duel] = {}
 
     def entries(self, d_model: int) -> dict[str, Entry]:
         """None: all that this gate knows of an expert is in its moments."""
@@ -129,7 +135,7 @@ class ClosedFormGate(Router):
         label_E: Tensor,
     ) -> Routing:
         alive = {_stamp(e) for e in experts}
-        self._heads = {key: head for key, head in self._heads.items() if alive.issuperset(key[1:])}
+        self._duels = {k: duel for k, duel in self._duels.items() if alive.issuperset(k)}
         x_TG = F.pad(x_TD, (0, 1), value=1.0)
         labels_C, index_E = label_E.unique(return_inverse=True)
         gate_TC = x_TG @ self._global_head(experts, index_E, len(labels_C))
@@ -145,35 +151,33 @@ class ClosedFormGate(Router):
         size = min(self.shortlist, len(labels_C))
         best_TS = gate_TC.topk(size, dim=1).indices
         expert_TS = speaker_TC.gather(1, best_TS)
-        vote_TS = self._duels(x_TG, experts, expert_TS)
+        vote_TS = self._votes(x_TD, experts, expert_TS)
         assignment = Assignment.from_choice(expert_TS, vote_TS, len(experts))
         gate_TE = gate_TC[:, index_E]
         return Routing(assignment, gate_TE.softmax(1), gate_TE)
 
-    def _duels(self, x_TG: Tensor, experts: Sequence[Expert], expert_TS: Tensor) -> Tensor:
-        """Each shortlisted expert's share of the votes of the local heads: [T, S]."""
+    def _votes(self, x_TD: Tensor, experts: Sequence[Expert], expert_TS: Tensor) -> Tensor:
+        """Each shortlisted expert's share of the votes of the duels: [T, S]."""
         num_tokens, size = expert_TS.shape
         if size == 1:
-            return torch.ones_like(expert_TS, dtype=x_TG.dtype)
-        vote_TS = x_TG.new_zeros(num_tokens, size)
+            return torch.ones_like(expert_TS, dtype=x_TD.dtype)
+        vote_TS = x_TD.new_zeros(num_tokens, size)
         for i, j in combinations(range(size), 2):
             low_T = torch.minimum(expert_TS[:, i], expert_TS[:, j])
             high_T = torch.maximum(expert_TS[:, i], expert_TS[:, j])
             pair_T = low_T * len(experts) + high_T
-            low_wins_T = x_TG.new_empty(num_tokens)
+            low_wins_T = x_TD.new_empty(num_tokens)
             for pair in pair_T.unique().tolist():
                 where = (pair_T == pair).nonzero()[:, 0]
                 a, b = divmod(pair, len(experts))
-                head_G = self._local_head(experts[a], experts[b])
-                low_wins_T[where] = torch.sigmoid(4 * (x_TG[where] @ head_G))
+                ratio_T = self._duel(experts[a], experts[b]).log_ratio(x_TD[where])
+                low_wins_T[where] = torch.sigmoid(ratio_T)
             i_wins_T = torch.where(expert_TS[:, i] == low_T, low_wins_T, 1 - low_wins_T)
             vote_TS[:, i] += i_wins_T
             vote_TS[:, j] += 1 - i_wins_T
         return vote_TS / vote_TS.sum(1, keepdim=True)
 
     def _global_head(self, experts: Sequence[Expert], index_E: Tensor, labels: int) -> Tensor:
-        stamps = ("global", *(_stamp(e) for e in experts))
-
         def solve() -> Tensor:
             sums: list[Tensor] = []
             crosses: list[Tensor] = []
@@ -187,74 +191,28 @@ class ClosedFormGate(Router):
                     crosses[b][c] += total_G
             return solve_blocks(sums, [cross_CG.T for cross_CG in crosses], self.ridge)
 
-        return self._head(stamps, solve)
+        key = tuple(_stamp(e) for e in experts)
+        if self._head is None or self._head[0] != key:
+            self._head = key, solve()
+        return self._head[1]
 
-    def _local_head(self, a: Expert, b: Expert) -> Tensor:
-        def solve() -> Tensor:
-            (moments_a, totals_a), (moments_b, totals_b) = scaled_moments(a), scaled_moments(b)
-            both = [m + n for m, n in zip(moments_a, moments_b, strict=True)]
-            apart = [(m - n)[:, None] for m, n in zip(totals_a, totals_b, strict=True)]
-            return solve_blocks(both, apart, self.local_ridge)[:, 0]
-
-        return self._head(("local", _stamp(a), _stamp(b)), solve)
-
-    def _head(self, key: Any, solve: Any) -> Tensor:
-        head = self._heads.get(key)
-        if head is None:
-            head = solve()
-        self._heads[key] = head
-        return head
+    def _duel(self, a: Expert, b: Expert) -> Duel:
+        key = (_stamp(a), _stamp(b))
+        if key not in self._duels:
+            first, second = scaled_moments(a)[0], scaled_moments(b)[0]
+            self._duels[key] = Duel.between(first, second, self.local_ridge)
+        return self._duels[key]
 
     def head_numbers(self) -> int:
         """How many numbers the solved heads take."""
-        return sum(head.numel() for head in self._heads.values())
+        head = 0 if self._head is None else self._head[1].numel()
+        return head + sum(duel.numel() for duel in self._duels.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_heads": {}}
+        return {**self.__dict__, "_head": None, "_duels": {}}
 
     def extra_repr(self) -> str:
         return f"shortlist={self.shortlist}, ridge={self.ridge}, local_ridge={self.local_ridge}"
-
-
-def solve_blocks(moments: Sequence[Tensor], targets: Sequence[Tensor], ridge: float) -> Tensor:
-    """`solve_ridge` for each block, as one head on all features: the mean of the blocks' scores.
-
-    Args:
-        moments: float [G_b, G_b] for each block.
-        targets: float [G_b, C] for each block.
-
-    Returns:
-        float32 [Σ (G_b - 1) + 1, C].
-    """
-    heads = [solve_ridge(m, t, ridge) for m, t in zip(moments, targets, strict=True)]
-    constant_1C = torch.stack([head[-1] for head in heads]).sum(0, keepdim=True)
-    return torch.cat([*(head[:-1] for head in heads), constant_1C]) / len(heads)
-
-
-def solve_ridge(moment_GG: Tensor, target_GC: Tensor, ridge: float) -> Tensor:
-    """(M + r I)⁻¹ B in float64, r = ridge · mean diagonal / count; the constant is not shrunk.
-
-    Args:
-        moment_GG: [G, G], with the count in its corner.
-        target_GC: [G, C].
-
-    Returns:
-        float32 [G, C].
-    """
-    moment_GG = moment_GG.double().clone()
-    diagonal_G = moment_GG.diagonal()
-    count = diagonal_G[-1].clone().clamp_min(1)
-    penalty = ridge * diagonal_G[:-1].mean() / count
-    # a floor keeps the factor positive where features are constant or nothing was seen
-    diagonal_G[:-1] += penalty + 1e-9 * count
-    diagonal_G[-1] += 1e-9 * count
-    factor_GG, info = torch.linalg.cholesky_ex(moment_GG)
-    jitter = 1e-9 * diagonal_G.mean()
-    while info > 0 and jitter.isfinite():  # float32 sums of features that hardly vary
-        diagonal_G += jitter
-        jitter = 10 * jitter
-        factor_GG, info = torch.linalg.cholesky_ex(moment_GG)
-    return torch.cholesky_solve(target_GC.double(), factor_GG).float()
 
 
 def _body(expert: Expert) -> Moments:

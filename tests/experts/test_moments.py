@@ -8,7 +8,7 @@ import growmoe
 from growmoe import surgery
 from growmoe.experts.moments import Moments
 from growmoe.routers import ClosedFormGate
-from growmoe.routers.closed_form import solve_ridge
+from growmoe.routers.ridge import solve_ridge
 
 
 def classifier_layer(d_model=4, labels=3):
@@ -125,8 +125,22 @@ def test_the_global_head_is_ridge_regression_on_everything_seen():
     torch.testing.assert_close(routing.logits_TE.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+def log_ratio(head, x1, first, second):
+    """Of Gaussians with the mean and variance of either's scores, as if 20 more rows had been seen."""
+    (u, v), count = (first @ head, second @ head), len(first) + len(second)
+    both = (len(u) * u.var(correction=0) + len(v) * v.var(correction=0)) / count
+    a, b = (
+        torch.distributions.Normal(
+            s.mean(), ((len(s) * s.var(correction=0) + 20 * both) / (len(s) + 20)).sqrt()
+        )
+        for s in (u, v)
+    )
+    return a.log_prob(x1 @ head) - b.log_prob(x1 @ head)
+
+
 def test_weights_are_the_votes_of_the_pairs_local_heads():
     x, y = clusters()
+    every = F.pad(x, (0, 1), value=1.0)
     layer = classifier_layer()
     layer(x, context=y)
     scores = layer.eval()(x[:5])
@@ -137,7 +151,8 @@ def test_weights_are_the_votes_of_the_pairs_local_heads():
         for b in range(3):
             if a != b:
                 target = (m[a][-1] - m[b][-1])[:, None]
-                votes[:, a] += torch.sigmoid(4 * (x1 @ solve_ridge(m[a] + m[b], target, 2.0)))[:, 0]
+                head = solve_ridge(m[a] + m[b], target, 2.0)[:, 0]
+                votes[:, a] += torch.sigmoid(log_ratio(head, x1, every[y == a], every[y == b]))
     torch.testing.assert_close(scores, votes / votes.sum(1, keepdim=True), rtol=1e-4, atol=1e-5)
     assert (layer(x).argmax(1) == y).float().mean() > 0.9
 
