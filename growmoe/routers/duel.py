@@ -72,8 +72,9 @@ def _scored(head_G: Tensor, moment_2GG: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of two experts' scores: [2], [2]."""
     head_G, moment_2GG = head_G.double(), moment_2GG.double()
     count_2 = moment_2GG[:, -1, -1].clamp_min(1)
-    mean_2 = moment_2GG[:, -1] @ head_G / count_2
-    square_2 = torch.einsum("g,egh,h->e", head_G, moment_2GG, head_G) / count_2
+    sum_2G = moment_2GG @ head_G
+    mean_2 = sum_2G[:, -1] / count_2
+    square_2 = sum_2G @ head_G / count_2
     var_2 = (square_2 - mean_2**2).clamp_min(0)
     both = (count_2 * var_2).sum() / count_2.sum()
     # two rows have no variance, and then any distance would decide with certainty
