@@ -8,6 +8,7 @@ from typing import Any
 
 from growmoe.continual import metrics
 from growmoe.continual.environment import hardware, versions
+from growmoe.continual.rivals.learner import ORACLE, TASK_LABELS
 
 
 def _mean_ci95(values: Sequence[float]) -> dict[str, float | None]:
@@ -16,6 +17,10 @@ def _mean_ci95(values: Sequence[float]) -> dict[str, float | None]:
         "mean": None if math.isnan(mean) else mean,
         "ci95": None if math.isnan(half) else half,
     }
+
+
+# what makes the question an easier one
+_TELLING = frozenset({TASK_LABELS, ORACLE})
 
 
 def _mean(curve: Sequence[Sequence[float]]) -> float:
@@ -113,7 +118,9 @@ def compare(methods: Mapping[str, Any], own: str = "growmoe") -> dict[str, Any] 
     For each rival, over the seeds that both have: the mean difference in final accuracy, the
     two-sided p of Student's paired t-test, and of Wilcoxon's signed-rank test, which assumes no
     normal distribution but cannot go below 0.06 with five seeds. None where a test says nothing
-    (fewer than two seeds, no difference at all).
+    (fewer than two seeds, no difference at all). A method that is told which task a test image is
+    of, or the true domains, answers an easier question: it is tested, but never the best rival of
+    one that is not told.
 
     Args:
         methods: as in results.json.
@@ -138,7 +145,13 @@ def compare(methods: Mapping[str, Any], own: str = "growmoe") -> dict[str, Any] 
         if shared:
             pairs = [(ours[seed], theirs[seed]) for seed in shared]
             rivals[name] = metrics.paired_test(*zip(*pairs, strict=True))
+    told = set(methods[own].get("needs", ()))
     # joint training sees everything at once: a bound, no rival
-    allowed = {name: test for name, test in rivals.items() if name != "joint"}
+    allowed = {
+        name: test
+        for name, test in rivals.items()
+        if name != "joint"
+        and told.issuperset(_TELLING.intersection(methods[name].get("needs", ())))
+    }
     best = min(allowed, key=lambda name: allowed[name]["difference"], default=None)
     return {"method": own, "best_rival": best, "rivals": rivals}

@@ -295,6 +295,19 @@ def test_the_best_rival_is_named_with_a_paired_test_and_joint_is_none(tmp_path):
     assert "growmoe against naive, the best rival: +0.0 points" in markdown_table(results)
 
 
+def test_a_rival_that_is_told_the_task_is_tested_but_not_the_best(tmp_path):
+    methods = {
+        "growmoe": Method("", Recorded()),
+        "told": Method("", Recorded(), needs=("boundaries", "task labels")),
+        "oracle": Method("", Recorded(), needs=("true domains",)),
+    }
+    comparison = run_bench("tiny", methods, [0, 1], tmp_path / "a", load=load).results["comparison"]
+    assert comparison["best_rival"] is None and set(comparison["rivals"]) == {"told", "oracle"}
+    methods["growmoe"] = methods["told"]
+    comparison = run_bench("tiny", methods, [0, 1], tmp_path / "b", load=load).results["comparison"]
+    assert comparison["best_rival"] == "told"
+
+
 def test_latex_and_csv_say_what_the_markdown_says(tmp_path):
     bench(tmp_path, one=Recorded())
     latex = (tmp_path / "out" / "table.tex").read_text()
