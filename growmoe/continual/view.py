@@ -15,7 +15,7 @@ from growmoe.continual.intake import Features
 
 
 class View:
-    """Principal components of the first block of features, and random projections of the input.
+    """Principal components of the first scale of features, and random projections of the input.
 
     The components show a change in what the features see; the projections show one that the
     features hardly see, such as another order of the pixels. Both are fitted with the features, on
@@ -42,6 +42,12 @@ class View:
         return tuple(getattr(self.features, "blocks", (self.features.num_features,)))
 
     @property
+    def _seen(self) -> int:
+        """How many of the features the components are of: the first scale's, or all."""
+        seen: int = getattr(self.features, "first_scale", self.features.num_features)
+        return seen
+
+    @property
     def num_features(self) -> int:
         """V + D."""
         return self.width + self.features.num_features
@@ -59,9 +65,9 @@ class View:
     def fit(self, images: Tensor, generator: torch.Generator) -> View:
         """Fit the features, then the view, on float32 [N, ...]."""
         self.features.fit(images, generator)
-        first_ND = self.features(images)[:, : self.blocks[0]]
+        first_ND = self.features(images)[:, : self._seen]
         self._mean_D = first_ND.mean(0)
-        size = min(self.size, max(1, len(first_ND) - 1), self.blocks[0])
+        size = min(self.size, max(1, len(first_ND) - 1), self._seen)
         _, _, vector_KD = torch.linalg.svd(first_ND - self._mean_D, full_matrices=False)
         self._component_DK = vector_KD[:size].T.contiguous()
         raw_NR = images.flatten(1)
@@ -77,5 +83,5 @@ class View:
     def __call__(self, images: Tensor) -> Tensor:
         """[N, ...] -> [view, features]: [N, V + D]."""
         x_ND = self.features(images)
-        component_NK = (x_ND[:, : self.blocks[0]] - self._mean_D) @ self._component_DK
+        component_NK = (x_ND[:, : self._seen] - self._mean_D) @ self._component_DK
         return torch.cat([component_NK, images.flatten(1) @ self._projection_RK, x_ND], dim=1)
