@@ -259,8 +259,7 @@ class MultiScaleFeatures:
         return sum(features.memory_bytes for features in self.scales)
 
     def settings(self) -> dict[str, Any]:
-        scales = [features.settings() for features in self.scales]
-        return {"blocks": list(self.blocks), "scales": scales}
+        return {"scales": [features.settings() for features in self.scales]}
 
     @torch.no_grad()
     def fit(self, images: Tensor, generator: torch.Generator) -> MultiScaleFeatures:

@@ -145,6 +145,8 @@ def _closed_form(
     return Method(description, run, settings, (), again)
 
 
+# what growmoe's memory follows from, and so the width of the head that may take as much
+_BLOCKS = list(default_features((1, 28, 28)).blocks)
 _INTAKE: dict[str, Any] = {"batch_size": 64, "early": 1000}
 
 # Of the methods in plain torch: the MLP of all others; a fifth of its width for experts that come
@@ -162,6 +164,7 @@ METHODS: dict[str, Method] = {
         "run_growmoe",
         **_INTAKE,
         kept={
+            "blocks": _BLOCKS,
             "rules": [repr(rule) for rule in default_rules()],
             "label_rules": [repr(rule) for rule in default_label_rules()],
             "gate": repr(ClosedFormGate()),
@@ -343,6 +346,7 @@ METHODS: dict[str, Method] = {
         **_INTAKE,
         ridge=1e-4,
         as_large_as_growmoe=True,
+        kept={"blocks": _BLOCKS},
     ),
 }
 
