@@ -24,10 +24,10 @@ bench: setup
 	  --methods growmoe,ridge,ridge-wide,slda,ranpac,replay,ewc,lwf,naive,joint
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --maxschedchunk 1
 
 test-fast: setup
-	$(BIN)/python -m pytest -q -n 2 -m 'not slow'
+	$(BIN)/python -m pytest -q -n 2 --maxschedchunk 1 -m 'not slow'
 
 lint: setup
 	$(BIN)/ruff check .

@@ -4,22 +4,42 @@ import gc
 from collections.abc import Iterator
 
 import pytest
-import torch
 from hypothesis import settings
 
-torch.set_num_threads(1)
 settings.register_profile("growmoe", deadline=None, print_blob=True)
 settings.load_profile("growmoe")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    gc.disable()  # imports make nothing that could go
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch  # here, because the process that hands out tests to workers needs none
+
+    torch.set_num_threads(1)
+    # the longest first, so that no worker is left with one of them at the end
+    items.sort(key=lambda item: (not is_slow(item), item.path.name != "test_tutorials.py"))
+
+
+def is_slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def few_objects_to_search() -> Iterator[None]:
-    # surgery looks through all living objects for optimizers; those of the imports can wait
+def few_objects_to_search() -> None:
+    # surgery looks through all living objects for optimizers, and collects the dead before it;
+    # those of imports and of earlier modules are neither
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
+from slow_parameters import but_slow
 from torch import Tensor, nn
 
 VOCABULARY = 256 + 3
@@ -70,6 +72,13 @@ OWN: dict[str, dict[str, Any]] = {
     ),
 }
 GROUPED = ("deepseek_v2", "deepseek_v3", "glm4_moe")
+# one of each layout of weights, for the quick tests; the others are run as slow ones
+KINDS = ("deepseek_v3", "gpt_oss", "mixtral")
+
+
+def families(*without: str) -> pytest.MarkDecorator:
+    """A test of each family but these."""
+    return pytest.mark.parametrize("family", but_slow(sorted({*OWN} - {*without}), *KINDS))
 
 
 def tiny(family: str, seed: int = 0, **changes: Any) -> Any:

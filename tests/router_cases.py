@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -140,11 +139,6 @@ def build(name: str, num_experts: int = 4, seed: int = 0, **options: Any) -> MoE
         if isinstance(router, DenseToSparse):
             router.anneal_steps += 4
     return layer
-
-
-def but_slow(names: Iterable[str], *quick: str) -> list[Any]:
-    """All names as parameters; those not among the quick ones are marked slow."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def inputs(tokens: int = 10, seed: int = 7, dtype: torch.dtype = torch.float32) -> Tensor:

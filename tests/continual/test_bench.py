@@ -368,6 +368,7 @@ def test_cells_are_shown_while_they_run_and_listened_to_when_finished(tmp_path):
     assert heard == [("a", 0), ("a", 1)] * 2  # those of before, too
 
 
+@pytest.mark.slow
 def test_what_is_shown_of_a_method_is_what_its_cell_keeps():
     from growmoe.continual.methods import METHODS
     from growmoe.continual.streams import load as load_stream

@@ -102,6 +102,7 @@ def births(model):
     return [e for e in model.lineage if e.layer == "domains" and e.act == "spawn" and e.accepted]
 
 
+@pytest.mark.slow
 def test_a_new_domain_is_found_soon_and_a_return_is_recognised():
     moving = Moving()
     model = GrowingClassifier(Given(8), 3, early=100)
@@ -123,6 +124,7 @@ def test_a_new_domain_is_found_soon_and_a_return_is_recognised():
     assert all(moving.accuracy(model, domain) > 0.95 for domain in range(3))
 
 
+@pytest.mark.slow
 def test_a_fuzzy_change_gives_one_birth():
     moving = Moving(2)
     model = GrowingClassifier(Given(8), 3, early=100)
@@ -134,6 +136,7 @@ def test_a_fuzzy_change_gives_one_birth():
     assert all(moving.accuracy(model, domain) > 0.95 for domain in range(2))
 
 
+@pytest.mark.slow
 def test_a_stationary_stream_makes_no_domain(digits):
     for seed in range(2):
         model = GrowingClassifier(default_features((1, 8, 8)), 10, early=256, seed=seed)
@@ -164,6 +167,7 @@ def test_what_waited_is_taken_back_and_given_to_the_newborn():
     assert 0 < model.memory().examples <= 4 * 32 * 4 * (16 + 8)
 
 
+@pytest.mark.slow
 def test_domains_without_rules_are_those_it_is_told_of():
     moving = Moving(2)
     model = GrowingClassifier(Given(8), 3, early=100, rules=[])
@@ -186,6 +190,7 @@ def test_domains_without_rules_are_those_it_is_told_of():
     assert list(fixed.domains) == [0, 1, 2] and not births(fixed)
 
 
+@pytest.mark.slow
 def test_a_domain_that_was_made_twice_is_merged_into_one():
     moving = Moving(1)
     model = GrowingClassifier(Given(8), 3, early=100, rules=[MergeOverlapping()])
@@ -201,6 +206,7 @@ def test_a_domain_that_was_made_twice_is_merged_into_one():
     assert moving.accuracy(model, 0) > 0.95
 
 
+@pytest.mark.slow
 def test_settled_experts_freeze_and_say_why(digits):
     model = GrowingClassifier(features(), 10, label_rules=[FreezeSettled(rows_per_feature=1.0)])
     for images, labels in batches(digits):
@@ -259,6 +265,7 @@ def test_default_features_fit_any_shape(shape):
     assert sum(found.blocks) == found.num_features and found.memory_bytes > 0
 
 
+@pytest.mark.slow
 def test_a_saved_classifier_goes_on_as_it_was(tmp_path):
     moving = Moving(2)
     model = GrowingClassifier(Given(8), 3, early=100)

@@ -23,12 +23,14 @@ def test_one_class_an_experience_is_learned():
     assert cell.load_history
 
 
+@pytest.mark.slow
 def test_one_example_an_experience_is_survived():
     stream = rows(experiences=6, classes=6, each=1)
     cell = room.run_growmoe(stream, 0, silent, batch_size=2, early=3)
     assert len(cell.accuracy_matrix) == 6 and cell.memory_bytes > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drift", ["sharp", "fuzzy", "recurring", "none"])
 def test_the_heads_run_where_experiences_end_inside_batches(drift):
     stream = rows(experiences=3, family=permuted, scenario="domain", each=20, drift=drift)

@@ -45,6 +45,7 @@ def test_an_act_is_switched_off_with_the_rules_that_propose_it():
     assert room.without(rules) == rules
 
 
+@pytest.mark.slow
 @grows_domains
 @pytest.mark.parametrize("drift", ["sharp", "fuzzy", "recurring"])
 def test_the_oracle_grows_one_domain_for_each_and_finds_it_again(drift):
@@ -54,6 +55,7 @@ def test_the_oracle_grows_one_domain_for_each_and_finds_it_again(drift):
     assert cell.extras["domains"] == stream.num_domains == len(learner.ids)
 
 
+@pytest.mark.slow
 @grows_domains
 def test_random_growth_has_as_many_births_at_other_times():
     stream = two_domains()
@@ -66,6 +68,7 @@ def test_random_growth_has_as_many_births_at_other_times():
     assert times[0] != times[1]
 
 
+@pytest.mark.slow
 @grows_domains
 @pytest.mark.parametrize("name", list(controls()))
 def test_every_control_fills_its_cell(name):
@@ -79,6 +82,7 @@ def test_every_control_fills_its_cell(name):
         assert cell.extras["domains"] == 1
 
 
+@pytest.mark.slow
 @grows_domains
 def test_the_dense_head_has_the_memory_that_growmoe_ends_with():
     stream = two_domains()

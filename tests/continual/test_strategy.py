@@ -50,6 +50,7 @@ class EveryAct:
         ][self.turn % 4 : self.turn % 4 + 1]
 
 
+@pytest.mark.slow
 def test_any_strategy_grows_with_the_plugin_and_avalanche_keeps_the_optimizer_state(stream):
     torch.manual_seed(0)
     model = nn.Sequential(

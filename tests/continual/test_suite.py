@@ -125,6 +125,7 @@ def test_a_suite_runs_every_table_and_judges_the_published_numbers(suite, tmp_pa
         assert (tmp_path / "o" / folder / "table.md").exists()
 
 
+@pytest.mark.slow
 def test_a_suite_goes_on_cell_by_cell(suite, tmp_path):
     suite("--seeds", "2")
     assert len(RUNS) == 4
@@ -136,6 +137,7 @@ def test_a_suite_goes_on_cell_by_cell(suite, tmp_path):
     assert (tmp_path / "o" / "targets.md").exists()
 
 
+@pytest.mark.slow
 def test_a_table_whose_data_is_missing_does_not_stop_the_others(suite, monkeypatch, tmp_path):
     monkeypatch.setitem(SUITES, "paper", ("split-cifar-10", *SMALL))
     code, _, err = suite("--data-dir", str(tmp_path / "nowhere"))

@@ -64,6 +64,7 @@ def back_and_forth(rank, size):
     return found.step, then, now, unsent, copies, len(layer.experts), len(layer.experts.local())
 
 
+@pytest.mark.slow
 def test_a_snapshot_gives_back_structure_weights_moments_and_lineage():
     for step, then, now, unsent, copies, experts, own in on_workers(2, back_and_forth):
         assert step == 8 and unsent == 0

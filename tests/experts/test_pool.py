@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from reference import close, compare, pooled, reference
+from slow_parameters import but_slow
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -534,7 +535,7 @@ def test_activation_checkpointing_gives_the_same_gradients_and_counts_once() -> 
         assert torch.equal(a.statistics.record, b.statistics.record)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", but_slow(["eager", "aot_eager"], "eager"))
 def test_a_compiled_model_equals_the_eager_one_and_survives_a_birth(backend: str) -> None:
     torch.compiler.reset()
     eager, model = Residual(), Residual()

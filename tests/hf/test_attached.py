@@ -11,15 +11,14 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from hf_models import GROUPED, OWN, config_of, contents, double, logits, tiny, tokens
+from hf_models import GROUPED, config_of, contents, double, families, logits, tiny, tokens
 from safetensors.torch import load_file
+from slow_parameters import but_slow
 
 import growmoe
 from growmoe import hf, surgery
 from growmoe.compress import CompressError, next_token_loss, prune
 from growmoe.rules.rule import Proposal
-
-EVERY = sorted(OWN)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -32,7 +31,7 @@ def loaded(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-@pytest.mark.parametrize("family", EVERY)
+@families()
 def test_attached_and_exported_it_is_the_same_bit_for_bit(family: str, tmp_path: Path) -> None:
     model = tiny(family)
     model.save_pretrained(tmp_path / "before")
@@ -53,7 +52,7 @@ def test_attached_and_exported_it_is_the_same_bit_for_bit(family: str, tmp_path:
     assert all(torch.equal(again[name], value) for name, value in before.items())
 
 
-@pytest.mark.parametrize("family", EVERY)
+@families()
 def test_attached_it_computes_what_it_did(family: str) -> None:
     model = double(tiny(family))
     expected = logits(model, tokens())
@@ -67,7 +66,7 @@ def test_attached_it_computes_what_it_did(family: str) -> None:
 
 
 # PhiMoE draws its choices in training
-@pytest.mark.parametrize("family", [family for family in EVERY if family != "phimoe"])
+@families("phimoe")
 def test_a_training_step_moves_the_same_weights_the_same_way(family: str, tmp_path: Path) -> None:
     """One step of SGD in either form gives the same model."""
     after = []
@@ -88,7 +87,9 @@ def test_a_training_step_moves_the_same_weights_the_same_way(family: str, tmp_pa
         assert torch.allclose(after[1][name], value, atol=1e-7), name
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "ernie4_5_moe", "minimax_m2"])
+@pytest.mark.parametrize(
+    "family", but_slow(["mixtral", "gpt_oss", "ernie4_5_moe", "minimax_m2"], "mixtral")
+)
 def test_it_grows_an_expert_that_learns_alone(family: str, tmp_path: Path) -> None:
     model = tiny(family)
     plain = logits(model, tokens())
@@ -131,7 +132,7 @@ class CloneTheBusiest:
         return [Proposal("spawn", (busiest,), "the busiest")]
 
 
-@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
+@pytest.mark.parametrize("family", but_slow(["olmoe", "deepseek_v3"], "olmoe"))
 def test_an_organizer_grows_it_while_it_trains(family: str) -> None:
     model = hf.attach(tiny(family), warmup=2).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -150,7 +151,7 @@ def test_an_organizer_grows_it_while_it_trains(family: str) -> None:
     assert sum(event.act == "spawn" and event.accepted for event in events) == 2 * len(layers)
 
 
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "granitemoe"])
+@pytest.mark.parametrize("family", but_slow(["olmoe", "gpt_oss", "granitemoe"], "gpt_oss"))
 def test_attached_it_merges_and_prunes(family: str, tmp_path: Path) -> None:
     model = hf.attach(tiny(family))
     for layer in growmoe.moe_layers(model).values():

@@ -10,13 +10,12 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hf_models import GROUPED, OWN, double, logits, masked_by_hand, tiny, tokens
+from hf_models import GROUPED, OWN, double, families, logits, masked_by_hand, tiny, tokens
 
 import growmoe
 from growmoe import hf
 from growmoe.compress import CompressError, collect, merge, prune
 
-EVERY = sorted(OWN)
 HALF = [0, 3, 5, 6]  # two of each group of four
 
 
@@ -30,7 +29,7 @@ def test_every_family_has_a_test() -> None:
     assert set(hf.FAMILIES) == set(OWN)
 
 
-@pytest.mark.parametrize("family", EVERY)
+@families()
 def test_masking_equals_masking_by_hand_and_leaves_no_trace(family: str) -> None:
     model = tiny(family)
     layers = hf.layers_of(model)
@@ -72,7 +71,7 @@ def test_a_new_family_is_one_declaration(tmp_path: Path, monkeypatch: pytest.Mon
     assert model.config.num_experts == 4
 
 
-@pytest.mark.parametrize("family", EVERY)
+@families()
 def test_pruned_to_half_loads_in_transformers_and_equals_the_masked(
     family: str, tmp_path: Path
 ) -> None:
@@ -90,7 +89,7 @@ def test_pruned_to_half_loads_in_transformers_and_equals_the_masked(
     assert torch.allclose(logits(again, tokens()), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", EVERY)
+@families()
 def test_what_is_observed_is_what_the_block_computes(family: str) -> None:
     model = tiny(family)
     layer = hf.layers_of(model)[0]
@@ -109,7 +108,7 @@ def test_what_is_observed_is_what_the_block_computes(family: str) -> None:
     assert one.logits_TE.shape == (len(one.x_TD), 8)
 
 
-@pytest.mark.parametrize("family", EVERY)
+@families()
 def test_one_call_prunes_by_any_criterion(family: str, tmp_path: Path) -> None:
     model = tiny(family)
     batches = [tokens(2, 17, seed) for seed in range(2)]
@@ -155,7 +154,7 @@ def test_the_taylor_criterion_is_the_derivative_by_a_scale_of_the_expert() -> No
         assert taylor[e].item() == pytest.approx((found[0] - found[1]) / (2 * step), rel=2e-3)
 
 
-@pytest.mark.parametrize("family", sorted(set(EVERY) - set(GROUPED)))
+@families(*GROUPED)
 def test_merging_leaves_one_expert_for_several(family: str, tmp_path: Path) -> None:
     model = tiny(family)
     batches = [tokens(2, 17)]

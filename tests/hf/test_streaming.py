@@ -17,9 +17,10 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hf_models import OWN, contents, save_with_tokenizer, tiny
+from hf_models import contents, families, save_with_tokenizer, tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from slow_parameters import but_slow
 
 from growmoe import hf
 from growmoe.compress import CompressError
@@ -28,7 +29,6 @@ from growmoe.hf import shards, streaming
 from growmoe.hf.command import prune_folder
 from growmoe.hf.shards import Checkpoint
 
-EVERY = sorted(OWN)
 TEXT = "".join(f"The {n}th of these lines differs from the {n - 1}th.\n" for n in range(400))
 
 
@@ -59,7 +59,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {n: t for f in sorted(folder.glob("*.safetensors")) for n, t in load_file(f).items()}
 
 
-@pytest.mark.parametrize("family", EVERY)
+@families()
 def test_it_gives_the_same_model_as_in_memory(family: str, tmp_path: Path) -> None:
     place = place_with(family, tmp_path)
     before = contents(place / "model")
@@ -124,7 +124,7 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("step", range(0, 16, 3))
+@pytest.mark.parametrize("step", but_slow(range(0, 16, 3), 0, 9))
 def test_interrupted_anywhere_it_resumes_to_the_same_bytes(
     step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def test_paths_count_by_the_weight_of_the_gate() -> None:
     assert torch.tensor(found["counts"]).sum(0).tolist() == pytest.approx([8.0, 8.0], abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_last_and_the_report_shows_it_layer_by_layer(texts, tmp_path) -> None:
     train(TrainConfig(domains=texts, **TINY), output=tmp_path)
     run = read_run(tmp_path)
@@ -92,6 +93,7 @@ def test_a_run_keeps_the_last_and_the_report_shows_it_layer_by_layer(texts, tmp_
     )
 
 
+@pytest.mark.slow
 def test_a_dense_model_has_no_map(texts, tmp_path) -> None:
     train(TrainConfig(domains=texts, **{**TINY, "experts": 0}), output=tmp_path)
     assert not (tmp_path / "routing.json").exists() and read_run(tmp_path).note == ""

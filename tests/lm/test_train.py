@@ -47,6 +47,7 @@ def assert_same(run, other):
     assert [e.to_json() for e in run.events] == [e.to_json() for e in other.events]
 
 
+@pytest.mark.slow
 def test_it_learns_more_than_how_frequent_the_bytes_are(texts):
     config = replace(TINY, domains=texts[:1], steps=120, d_model=32, lr=1e-2, layers=1)
     run = train(config)
@@ -62,9 +63,12 @@ def test_it_learns_more_than_how_frequent_the_bytes_are(texts):
 @pytest.mark.parametrize(
     "options",
     [
-        {"dropout": 0.2, "save_every": 3},
+        pytest.param({"dropout": 0.2, "save_every": 3}, marks=pytest.mark.slow),
         {"experts": 0, "curriculum": "phases"},
-        {"grow": True, "organize_every": 2, "shared": 8, "schedule": "wsd", "save_every": 1},
+        pytest.param(
+            {"grow": True, "organize_every": 2, "shared": 8, "schedule": "wsd", "save_every": 1},
+            marks=pytest.mark.slow,
+        ),
         {"paths": True, "curriculum": "phases", "save_every": 3},
     ],
     ids=["dropout", "dense", "growing", "paths"],
@@ -132,6 +136,7 @@ def test_an_interrupt_leaves_a_checkpoint_of_the_step_it_came_in(texts, tmp_path
     assert_same(whole, run)
 
 
+@pytest.mark.slow
 def test_a_time_limit_stops_with_results_and_the_next_call_goes_on(texts, tmp_path):
     config = replace(TINY, domains=texts)
     part = train(replace(config, time_limit=1e-9), output=tmp_path)
@@ -258,6 +263,7 @@ def test_bfloat16_and_a_tokenizer_of_ones_own(texts):
     assert all(5 < bits < 7 for bits in run.bits_per_byte.values())
 
 
+@pytest.mark.slow
 def test_a_tokenizer_json_is_read(texts, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="[UNK]"))

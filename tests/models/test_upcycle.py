@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from slow_parameters import but_slow
 from torch import Tensor, nn
 
 import growmoe
@@ -130,7 +131,7 @@ def layers(model: nn.Module) -> list[growmoe.MoE]:
     return list(growmoe.moe_layers(model).values())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", but_slow(FAMILIES, *FIVE))
 def test_the_first_output_is_the_dense_one(family: str) -> None:
     model, x = build(family), inputs(family)
     dense = copy.deepcopy(model)
@@ -146,7 +147,7 @@ def test_the_first_output_is_the_dense_one(family: str) -> None:
         assert all(layer.training is mode for layer in layers(model))
 
 
-@pytest.mark.parametrize("family", FIVE)
+@pytest.mark.parametrize("family", but_slow(FIVE, "llama", "encoder"))
 def test_an_upcycled_model_trains_grows_shrinks_and_comes_back(family: str, tmp_path: Path) -> None:
     model, x = upcycle(build(family), num_experts=3, warmup=2), inputs(family)
     model.train()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from router_cases import CASES, D, build, inputs
+from router_cases import CASES, KINDS, D, build, inputs
+from slow_parameters import but_slow
 
 from growmoe import Capacity
 
 BLIND = [name for name in CASES if not CASES[name].make().sees_future]
 SEEING = [name for name in CASES if name not in BLIND]
-every_blind = pytest.mark.parametrize("name", BLIND)
+every_blind = pytest.mark.parametrize("name", but_slow(BLIND, *KINDS))
 
 
 @pytest.mark.parametrize("name", SEEING)
@@ -75,7 +76,7 @@ FIXED = [
 ]
 
 
-@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("name", but_slow(FIXED, *KINDS))
 @pytest.mark.parametrize("factor", [0.5, "adaptive"])
 def test_nor_where_each_expert_keeps_its_first(name: str, factor: float) -> None:
     assert leak(name, True, Capacity(factor, most=1.05), forwards=2) <= 1e-6

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from reference import compare, reference
-from router_cases import CASES, KINDS, build, but_slow, call, inputs, tasks_of
+from router_cases import CASES, KINDS, build, call, inputs, tasks_of
+from slow_parameters import but_slow
 
 from growmoe import Capacity
 

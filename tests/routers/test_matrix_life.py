@@ -10,7 +10,8 @@ from functools import partial
 
 import pytest
 import torch
-from router_cases import CASES, KINDS, D, build, but_slow, call, inputs
+from router_cases import CASES, KINDS, D, build, call, inputs
+from slow_parameters import but_slow
 
 from growmoe import aux_loss
 from growmoe.testing import ROUTER_CONTRACTS, RouterSubject

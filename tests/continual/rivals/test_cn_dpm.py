@@ -1,5 +1,6 @@
 """CN-DPM: responsibilities are probabilities; experts are born of a full short-term memory."""
 
+import pytest
 import torch
 from rows import rows
 
@@ -59,6 +60,7 @@ def test_responsibilities_sum_to_one_and_follow_alpha():
     assert (learner.log_responsibilities(x, y).argmax(1) == 1).all()  # all would be new
 
 
+@pytest.mark.slow
 def test_it_remembers_without_boundaries():
     learner = made()
     cell = run_learner(rows(), lambda fraction, text: None, learner, Budget(16, 12))

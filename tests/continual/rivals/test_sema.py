@@ -26,6 +26,7 @@ def made():
     return SEMA(Plain(), 3, bottleneck=4, threshold=1.0, settle=60, learning_rate=1e-2, early=1)
 
 
+@pytest.mark.slow
 def test_it_expands_on_a_shift_and_not_without_one():
     learner = made()
     for x, y in batches(150):

@@ -82,7 +82,8 @@ def test_odd_batches_that_no_path_finds_novel_are_learned_by_the_active_one(alph
     assert learner._usual(0).steps + len(learner.waiting) == 80
 
 
-@pytest.mark.parametrize("order", ["shuffled", pytest.param("documents", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["shuffled", "documents"])
 def test_an_even_mixture_of_texts_grows_nothing(alphabets, order):
     stream = small_stream(alphabets, ("low+high+digits", 150), order=order)
     model, learner, events = learn(stream)
@@ -91,7 +92,8 @@ def test_an_even_mixture_of_texts_grows_nothing(alphabets, order):
     assert learner._usual(0).steps == 150
 
 
-@pytest.mark.parametrize("rank", [None, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [None, 2])
 def test_an_old_path_keeps_every_bit_while_a_new_text_is_learned(alphabets, rank):
     model = GrowingLM(**SIZES, rank=rank)
     learner = StreamLearner(model, lr=1e-2, settle=60)
@@ -151,7 +153,8 @@ def test_at_the_largest_number_of_paths_the_nearest_learns_what_is_novel(alphabe
     assert learner._usual(0).steps == 100
 
 
-@pytest.mark.parametrize("rank", [None, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [None, 2])
 def test_a_run_goes_on_bit_for_bit_from_its_file(alphabets, tmp_path, rank):
     batches = list(small_stream(alphabets, ("low", 60), ("high", 60)))
     one = StreamLearner(GrowingLM(**SIZES, rank=rank), lr=1e-2, settle=60)
