@@ -43,3 +43,7 @@ def few_objects_to_search() -> None:
     # those of imports and of earlier modules are neither
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()

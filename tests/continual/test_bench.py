@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rows import rows
 
 from growmoe.continual import store
 from growmoe.continual.bench import BenchError, run_bench
@@ -371,18 +372,17 @@ def test_cells_are_shown_while_they_run_and_listened_to_when_finished(tmp_path):
 @pytest.mark.slow
 def test_what_is_shown_of_a_method_is_what_its_cell_keeps():
     from growmoe.continual.methods import METHODS
-    from growmoe.continual.streams import load as load_stream
     from growmoe.glimpse import Onlooker
 
     seen = []
-    stream = load_stream("split-digits", 0)
+    stream, method = rows(), METHODS["growmoe"].again(batch_size=16, early=32)
     progress = Onlooker(seen.append)
-    cell = METHODS["growmoe"].run(stream, 0, progress)
+    cell = method.run(stream, 0, progress)
     progress._next = 0.0
     progress(1.0, "at the end")
     assert seen[-1].curves["accuracy on all (%)"] == [100 * v for _, v in cell.anytime]
     assert seen[-1].curves["memory (MB)"] == pytest.approx(
         [v / 1e6 for _, v in cell.memory_history]
     )
-    assert sum(seen[-1].experts.values()) >= 10
-    assert METHODS["growmoe"].run(stream, 0, lambda *_: None).anytime == cell.anytime
+    assert sum(seen[-1].experts.values()) >= 6  # one for each label
+    assert method.run(stream, 0, lambda *_: None).anytime == cell.anytime

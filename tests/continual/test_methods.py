@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from brief_methods import briefly
 from rows import rows
 
 from growmoe.continual import METHODS, load, metrics
@@ -74,7 +75,7 @@ QUICK = ("growmoe", "naive", "replay", "slda", "pnn", "sema", "ridge")
 )
 def test_every_method_fills_its_cell_online(tiny, name):
     torch.manual_seed(0)
-    cell = online(10)[name].run(tiny, 0, silent)
+    cell = briefly(10)[name].run(tiny, 0, silent)
     check(cell, 3)
     assert cell.parameters > 0 or name in EXPERTLESS
     assert bool(cell.memory.examples) <= (EXAMPLES in METHODS[name].needs or name == "growmoe")
@@ -85,7 +86,7 @@ def test_every_method_fills_its_cell_online(tiny, name):
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_runs_on_every_kind_of_stream(name, how):
     torch.manual_seed(0)
-    check(online(10)[name].run(rows(experiences=2, classes=4, each=15, **how), 0, silent), 2)
+    check(briefly(10)[name].run(rows(experiences=2, classes=4, each=15, **how), 0, silent), 2)
 
 
 def test_online_is_one_pass_in_small_mini_batches():

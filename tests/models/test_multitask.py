@@ -72,6 +72,7 @@ def losses(model: MultiTask | SharedBottom, steps: int, optimizer) -> list[float
     return seen
 
 
+@pytest.mark.slow
 def test_it_learns_grows_and_learns_on() -> None:
     model = model_of(moe={"warmup": 10})
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

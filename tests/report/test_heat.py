@@ -84,6 +84,7 @@ def test_curves_have_a_band_over_seeds_and_none_for_one() -> None:
         plot_curves({"a": [1.0, 2.0]}, x=[1, 2, 3])
 
 
+@pytest.mark.slow
 def test_a_family_tree_puts_children_beside_parents_and_survives_deep_descent() -> None:
     events = [event(0, "init", [0, 1]), event(5, "spawn", [1], 2), event(6, "merge", [0, 2], 3)]
     ax = plot_lineage(events)

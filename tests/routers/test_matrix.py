@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from reference import compare, reference
-from router_cases import CASES, EVERY, D, build, inputs
+from router_cases import CASES, EVERY, KINDS, D, build, inputs
 from slow_parameters import but_slow
 from torch import nn
 
@@ -15,7 +15,7 @@ from growmoe.routers import Gate, Router
 FAST, SLOW = 1e-5, 1e-12  # float32 by the pool, float64 by the loop
 CLEAR = 1e-4  # a decision nearer than this to falling otherwise is not compared
 
-every_way = pytest.mark.parametrize("name", CASES)
+every_way = pytest.mark.parametrize("name", but_slow(CASES, *KINDS))
 
 
 def test_no_way_of_choosing_is_left_out() -> None:

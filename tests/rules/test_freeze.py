@@ -47,6 +47,7 @@ def test_a_setting_out_of_range_is_named(rule):
         rule(**{setting: 0})
 
 
+@pytest.mark.slow
 def test_what_has_converged_freezes_and_thaws_when_its_inputs_change_their_meaning():
     rules = [ThawOnDrift(), FreezeConverged(slope=0.1, z=2.0, min_losses=150)]
     learner = Learner(rules, num_experts=2, noise=0.4)

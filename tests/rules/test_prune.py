@@ -35,6 +35,7 @@ def test_an_expert_that_never_received_anything_goes():
     assert 2 not in learner.layer.experts
 
 
+@pytest.mark.slow
 def test_an_idle_expert_that_its_old_domain_needs_stays_and_the_refusal_tells_the_price():
     learner = Learner([PruneIdle(steps=50)], num_experts=2)
     point(learner.layer, [5, 0, 0, 0], [0, 5, 0, 0])

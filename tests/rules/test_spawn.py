@@ -3,6 +3,7 @@
 import pytest
 import torch
 from drifting import CENTERS, Learner, done, signals
+from slow_parameters import but_slow
 
 from growmoe.rules import SpawnOnLoss, SpawnOnNovelty, SpawnOnOverload, SplitOnNovelty
 
@@ -82,7 +83,7 @@ def test_a_setting_out_of_range_is_named(rule, setting, value):
 # In training.
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", but_slow(range(2), 0))
 def test_a_new_domain_brings_forth_an_expert_for_it_and_a_known_one_none(seed):
     learner = Learner([SpawnOnNovelty()], seed=seed)
     assert learner.learn(100) == []
@@ -99,7 +100,7 @@ def test_a_new_domain_brings_forth_an_expert_for_it_and_a_known_one_none(seed):
     assert learner.learn(60, centers=(0, 1, 3)) == []
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", but_slow(range(2), 0))
 def test_nothing_is_born_of_novelty_or_loss_in_a_stationary_stream(seed):
     learner = Learner([SpawnOnNovelty(), SpawnOnLoss()], k=2, seed=seed)
     assert learner.learn(300, centers=(0, 1, 2)) == []

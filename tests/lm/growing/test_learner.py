@@ -73,6 +73,7 @@ def test_a_text_that_returns_little_by_little_is_recognised(alphabets):
     assert learner.active == 0
 
 
+@pytest.mark.slow
 def test_odd_batches_that_no_path_finds_novel_are_learned_by_the_active_one(alphabets):
     model = GrowingLM(**SIZES)
     learner = StreamLearner(model, lr=1e-2, settle=60, suspicion=Suspicion(novel=1e9))
@@ -129,6 +130,7 @@ def test_every_batch_is_learned_once(alphabets):
     assert steps + len(learner.waiting) == len(stream)
 
 
+@pytest.mark.slow
 def test_an_odd_batch_is_no_birth_and_is_learned_late(alphabets):
     model = GrowingLM(**SIZES)
     learner = StreamLearner(model, lr=1e-2, settle=60)
