@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from slow_parameters import but_slow
 from snapshots import copied, differences, of_everything
 from torch import nn
 
@@ -143,7 +144,7 @@ def seed_all(seed=0):
     random.seed(seed)
 
 
-@pytest.mark.parametrize("optimizers", OPTIMIZERS)
+@pytest.mark.parametrize("optimizers", but_slow(OPTIMIZERS, several))
 def test_resumed_training_equals_uninterrupted_training_bit_for_bit(optimizers, tmp_path):
     path = tmp_path / "run.safetensors"
     seed_all()

@@ -185,6 +185,7 @@ def test_a_copied_organizer_goes_on_deciding():
     assert organizer.steps >= 19
 
 
+@pytest.mark.slow
 def test_novelty_is_the_same_under_autocast():
     shares = []
     for enabled in (False, True):

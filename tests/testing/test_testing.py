@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from slow_parameters import but_slow
 from torch import nn
 
 import growmoe
@@ -18,28 +19,33 @@ OWN = [
 ]
 
 
-@pytest.mark.parametrize("rule", OWN, ids=lambda r: r.__name__)
-@pytest.mark.parametrize("contract", testing.RULE_CONTRACTS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("rule", but_slow(OWN, rules.SpawnOnNovelty), ids=lambda r: r.__name__)
+@pytest.mark.parametrize(
+    "contract",
+    # the others need layers that have lived for some hundred steps
+    but_slow(testing.RULE_CONTRACTS, testing.RULE_CONTRACTS[-1]),
+    ids=lambda c: c.__name__,
+)
 def test_every_rule_of_the_library_keeps_the_contract(rule, contract):
     contract(rule())
 
 
 @pytest.mark.parametrize(
-    "template",
-    [
-        growmoe.FFN(16),
-        growmoe.FFN(8, activation="swiglu", bias=True),
-        Copy(),
-        Constant(),
-        nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 8)),
-        lambda: nn.Linear(8, 8),
-    ],
-    ids=["ffn", "swiglu", "copy", "constant", "module", "function"],
+    "kind", but_slow(["ffn", "swiglu", "copy", "constant", "module", "function"], "ffn", "function")
 )
-def test_every_kind_of_expert_of_the_library_keeps_the_contract(template):
-    testing.check_expert(template)
+def test_every_kind_of_expert_of_the_library_keeps_the_contract(kind):
+    templates = {
+        "ffn": growmoe.FFN(16),
+        "swiglu": growmoe.FFN(8, activation="swiglu", bias=True),
+        "copy": Copy(),
+        "constant": Constant(),
+        "module": nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 8)),
+        "function": lambda: nn.Linear(8, 8),
+    }
+    testing.check_expert(templates[kind])
 
 
+@pytest.mark.slow
 def test_an_expert_may_be_narrower_than_its_input():
     testing.check_expert(growmoe.FFN(6), d_model=6, d_out=3)
 
@@ -84,9 +90,21 @@ class Unsorted(growmoe.TopK):
     ("router", "broken"),
     [
         (Ahead, ["later tokens change nothing"]),
-        (Open, ["a birth changes no output", "an expert that is not admitted weighs nothing"]),
-        (Counting, ["training goes on from a checkpoint", "recomputation gives the same"]),
-        (Unsorted, ["its choice is a well formed assignment: expert_R is not ascending"]),
+        pytest.param(
+            Open,
+            ["a birth changes no output", "an expert that is not admitted weighs nothing"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Counting,
+            ["training goes on from a checkpoint", "recomputation gives the same"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Unsorted,
+            ["its choice is a well formed assignment: expert_R is not ascending"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -127,6 +145,7 @@ class Generator:
         yield Proposal("spawn", (), "why not", {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "broken"),
     [
@@ -168,7 +187,9 @@ class Hoarder(nn.Linear):
 @pytest.mark.parametrize(
     ("template", "broken"),
     [
-        (lambda: Crowd(8, 8), "it maps rows to rows each for itself"),
+        pytest.param(
+            lambda: Crowd(8, 8), "it maps rows to rows each for itself", marks=pytest.mark.slow
+        ),
         (lambda: Hoarder(8, 8), "a clone shares memory with its parent"),
         (lambda: nn.Linear(8, 9), "it maps rows to rows"),
     ],
