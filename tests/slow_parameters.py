@@ -9,5 +9,10 @@ import pytest
 
 
 def but_slow(names: Iterable[Any], *quick: Any) -> list[Any]:
-    """All names as parameters; those not among the quick ones are marked slow."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    """All parameters, or tuples of several; those not among the quick ones are marked slow."""
+    return [name if name in quick else _slow(name) for name in names]
+
+
+def _slow(name: Any) -> Any:
+    values = name if isinstance(name, tuple) else (name,)
+    return pytest.param(*values, marks=pytest.mark.slow)

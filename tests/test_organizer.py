@@ -202,6 +202,7 @@ def micro_batched(call_each_time, rules, steps=60, micro=4):
     return layer, between
 
 
+@pytest.mark.slow
 def test_decisions_are_the_same_called_per_micro_batch_or_per_step_and_none_falls_between():
     rules = [SpawnOnNovelty(), SpawnOnOverload(1.5, 50), PruneIdle(150)]
     often, between = micro_batched(True, rules)
@@ -281,6 +282,7 @@ def eventful(seed, disturb=False):
     return learner
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_lineage_whatever_the_global_random_state():
     first, second, other = eventful(0), eventful(0, disturb=True), eventful(1)
     lines = [[str(e) for e in run.layer.lineage] for run in (first, second, other)]
