@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_first_block_of_code_grows_an_expert_when_the_inputs_move(capsys):
     torch.manual_seed(0)
     (first, *_) = re.findall(r"```python\n(.*?)```", README, flags=re.S)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from slow_parameters import but_slow
 from torch import Tensor, nn
 
 from growmoe import FFN, MoE, TopK, surgery
@@ -139,7 +140,9 @@ def test_no_inputs_are_a_step_without_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    "convert", [nn.Module.bfloat16, nn.Module.half, nn.Module.double], ids=lambda f: f.__name__
+    "convert",
+    but_slow([nn.Module.bfloat16, nn.Module.half, nn.Module.double], nn.Module.bfloat16),
+    ids=lambda f: f.__name__,
 )
 def test_records_stay_float32_to_the_last_bit(convert: object) -> None:
     layer = MoE(8, FFN(8), 3, seed=0)
@@ -210,6 +213,7 @@ def test_evidence_is_an_experts_own_inputs() -> None:
     assert not layer.experts[2].statistics.view().evidence.any()
 
 
+@pytest.mark.slow
 def test_evidence_keeps_the_old_and_takes_the_new() -> None:
     layer = one_hot_layer(2)
     for step in range(640):
@@ -242,7 +246,7 @@ def stationary(generator: torch.Generator, count: int = 64) -> Tensor:
     return centre + noise * scale
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", but_slow(range(4), 0))
 def test_a_stationary_stream_raises_no_false_alarm(seed: int) -> None:
     layer = MoE(16, FFN(16), 4, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -252,7 +256,7 @@ def test_a_stationary_stream_raises_no_false_alarm(seed: int) -> None:
     assert layer.recorder.novel[0] < 0.15
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", but_slow(range(4), 0))
 def test_a_shifted_stream_is_novel_at_once_and_its_mean_is_told(seed: int) -> None:
     layer = MoE(16, FFN(16), 4, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -289,6 +293,7 @@ def test_on_its_own_inputs_an_experts_scores_are_standard() -> None:
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_novel_stream_becomes_familiar() -> None:
     layer = MoE(16, FFN(16), 4, seed=0)
     generator = torch.Generator().manual_seed(0)

@@ -276,7 +276,7 @@ def live(lives, acts):
 
 
 def test_the_invariants_hold_after_each_act_of_a_few_lives():
-    live(12, 25)
+    live(5, 20)
 
 
 @pytest.mark.slow
