@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from drifting import Learner, Stream, done, point
+from slow_parameters import but_slow
 from snapshots import copied, differences, of_everything
 from torch import nn
 
@@ -294,7 +295,7 @@ def test_the_same_seed_gives_the_same_lineage_whatever_the_global_random_state()
     assert first.layer.lineage.replay() == list(first.layer.experts)
 
 
-@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("set_to_none", but_slow([True, False], True))
 def test_the_idle_and_the_frozen_do_not_move_under_an_organizer(set_to_none):
     layer = MoE(D, FFN(8), 4, TopK(1), seed=0)
     point(layer, [5, 0, 0, 0], [0, 5, 0, 0], [0, 0, 5, 0], [-5, -5, -5, 0])

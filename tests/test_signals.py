@@ -139,10 +139,9 @@ def test_no_inputs_are_a_step_without_rows() -> None:
 # Precision and memory.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "convert",
-    but_slow([nn.Module.bfloat16, nn.Module.half, nn.Module.double], nn.Module.bfloat16),
-    ids=lambda f: f.__name__,
+    "convert", [nn.Module.bfloat16, nn.Module.half, nn.Module.double], ids=lambda f: f.__name__
 )
 def test_records_stay_float32_to_the_last_bit(convert: object) -> None:
     layer = MoE(8, FFN(8), 3, seed=0)
@@ -246,7 +245,8 @@ def stationary(generator: torch.Generator, count: int = 64) -> Tensor:
     return centre + noise * scale
 
 
-@pytest.mark.parametrize("seed", but_slow(range(4), 0))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
 def test_a_stationary_stream_raises_no_false_alarm(seed: int) -> None:
     layer = MoE(16, FFN(16), 4, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -274,6 +274,7 @@ def test_a_shifted_stream_is_novel_at_once_and_its_mean_is_told(seed: int) -> No
     assert signals.novel_nearest in layer.experts
 
 
+@pytest.mark.slow
 def test_on_its_own_inputs_an_experts_scores_are_standard() -> None:
     layer = MoE(16, FFN(8), 1, TopK(1), seed=0)
     mean, scale = torch.randn(16), torch.rand(16) + 0.2

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from slow_parameters import but_slow
 from snapshots import differences, of_everything, of_experts
 from torch import nn
 
@@ -109,7 +110,7 @@ ACTS = {
 }
 
 
-@pytest.mark.parametrize("optimizers", OPTIMIZERS)
+@pytest.mark.parametrize("optimizers", but_slow(OPTIMIZERS, adamw, muon_and_adamw))
 @pytest.mark.parametrize("act", ACTS)
 def test_survivors_are_untouched_to_the_last_bit(act, optimizers):
     layer = build()
@@ -128,7 +129,7 @@ def test_survivors_are_untouched_to_the_last_bit(act, optimizers):
     assert y.isfinite().all()
 
 
-@pytest.mark.parametrize("optimizers", OPTIMIZERS)
+@pytest.mark.parametrize("optimizers", but_slow(OPTIMIZERS, adamw, muon_and_adamw))
 @pytest.mark.parametrize("act", [a for a in ACTS if a.startswith(("spawn", "merge", "prune"))])
 def test_each_living_parameter_is_in_one_group_once_and_the_dead_leave_with_their_state(
     act, optimizers

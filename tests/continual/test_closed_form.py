@@ -14,6 +14,7 @@ def silent(fraction, text):
     assert 0 <= fraction <= 1
 
 
+@pytest.mark.slow
 def test_one_class_an_experience_is_learned():
     stream = rows(experiences=6, classes=6, each=30)
     cell = room.run_growmoe(stream, 0, silent, batch_size=16, early=20)

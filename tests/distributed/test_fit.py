@@ -57,6 +57,7 @@ def test_scaling_down_and_up_is_exact():
     assert_as_alone(result.value, alone(50))
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_loop_ends_the_run_and_is_shown(tmp_path):
     at = Once(tmp_path, {("forward", 2): 1}, "raise")
     with pytest.raises(WorkerError, match=r"(?s)worker 1: .*a mistake in the loop"):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from gloo_workers import on_workers
-from slow_parameters import but_slow
 
 from growmoe import FFN, Capacity, MoE, Organizer, TopK, aux_loss, moe_layers, surgery
 from growmoe.distributed import expert_parallel
@@ -259,7 +258,8 @@ def routed(rank, size, name):
     )
 
 
-@pytest.mark.parametrize("name", but_slow(ROUTERS, "capacity"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROUTERS)
 def test_other_routers_keep_the_same_state_on_every_worker(name):
     first, second = on_workers(2, routed, name)
     assert first[3] == second[3]

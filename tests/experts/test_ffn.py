@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from slow_parameters import but_slow
 from torch import nn
 
 from growmoe import FFN, MoE
@@ -74,7 +75,10 @@ def test_the_backward_of_each_activation_is_autograds(activation: str) -> None:
     torch.testing.assert_close(activate_backward(grad, h.detach(), activation), want)
 
 
-@every_kind
+@pytest.mark.parametrize(
+    ("activation", "bias"),
+    but_slow([(a, b) for a in ACTIVATIONS for b in (False, True)], ("swiglu", True)),
+)
 @given(data=st.data())
 def test_merged_with_a_permutation_of_itself_it_is_itself(
     activation: str, bias: bool, data: st.DataObject

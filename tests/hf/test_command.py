@@ -112,6 +112,7 @@ def test_merging_a_folder(folder: Path, tmp_path: Path) -> None:
     assert model.config.num_experts == 4 and bool(logits(model, tokens()).isfinite().all())
 
 
+@pytest.mark.slow
 def test_inspecting_a_folder(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

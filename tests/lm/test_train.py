@@ -69,7 +69,9 @@ def test_it_learns_more_than_how_frequent_the_bytes_are(texts):
             {"grow": True, "organize_every": 2, "shared": 8, "schedule": "wsd", "save_every": 1},
             marks=pytest.mark.slow,
         ),
-        {"paths": True, "curriculum": "phases", "save_every": 3},
+        pytest.param(
+            {"paths": True, "curriculum": "phases", "save_every": 3}, marks=pytest.mark.slow
+        ),
     ],
     ids=["dropout", "dense", "growing", "paths"],
 )
@@ -238,6 +240,7 @@ def test_a_run_leaves_the_global_random_state_alone(texts):
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_and_another_does_not(texts):
     first, again, other = (
         train(replace(TINY, domains=texts, dropout=0.1, seed=seed)) for seed in (0, 0, 1)

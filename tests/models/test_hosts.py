@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from slow_parameters import but_slow
 from snapshots import differences, of_experts
 from torch import Tensor, nn
 
@@ -124,6 +125,9 @@ def test_it_learns_grows_and_learns_on(host) -> None:
         assert not torch.equal(newborn.body.w_in, was)
 
 
+@pytest.mark.parametrize(
+    "host", but_slow(HOSTS.values(), HOSTS["MLP"], HOSTS["TransformerLM"]), ids=HOSTS
+)
 def test_an_organizer_grows_it_and_tells_the_layer_by_name(host) -> None:
     model = host.build(num_experts=2, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

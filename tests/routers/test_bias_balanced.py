@@ -66,6 +66,7 @@ def test_an_even_load_moves_nothing() -> None:
     assert steps(layer) == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_collapsed_gate_is_evened_out() -> None:
     layer = MoE(8, FFN(4), 8, BiasBalanced(1, rate=0.02), seed=0)
     with torch.no_grad():

@@ -64,6 +64,7 @@ def test_identical_experts_are_merged_at_next_to_no_cost():
     assert list(learner.layer.experts) == [0, 3]
 
 
+@pytest.mark.slow
 def test_different_experts_are_left_apart():
     learner = Learner([MergeSimilar(min_age=40)], k=1)
     assert learner.learn(120, centers=(0, 1, 2)) == []
@@ -80,6 +81,7 @@ def test_a_merge_that_would_leave_too_few_for_the_router_is_refused_not_raised()
     assert list(learner.layer.experts) == [0, 1]
 
 
+@pytest.mark.slow
 def test_experts_of_different_kinds_do_not_stop_the_training():
     learner = Learner([MergeSimilar(0.01, min_age=20)], num_experts=2, lr=1e-3)
     surgery.spawn(learner.layer, None, learner.optimizer, expert=torch.nn.Linear(4, 4))

@@ -27,6 +27,7 @@ def test_usefulness_must_lie_below_the_threshold_and_the_least_useful_comes_firs
     assert rule.propose(signals(usefulness=costly, age=[9, 9, 9])) == []
 
 
+@pytest.mark.slow
 def test_an_expert_that_never_received_anything_goes():
     learner = Learner([PruneIdle(steps=50)])
     point(learner.layer, [3, 0, 0, 0], [0, 3, 0, 0], [-3, -3, -3, 0])  # inputs lie at +2

@@ -100,12 +100,14 @@ def test_a_new_domain_brings_forth_an_expert_for_it_and_a_known_one_none(seed):
     assert learner.learn(60, centers=(0, 1, 3)) == []
 
 
-@pytest.mark.parametrize("seed", but_slow(range(2), 0))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
 def test_nothing_is_born_of_novelty_or_loss_in_a_stationary_stream(seed):
     learner = Learner([SpawnOnNovelty(), SpawnOnLoss()], k=2, seed=seed)
     assert learner.learn(300, centers=(0, 1, 2)) == []
 
 
+@pytest.mark.slow
 def test_a_loss_that_rises_on_known_inputs_brings_forth_an_expert():
     learner = Learner([SpawnOnLoss()])
     assert learner.learn(150) == []

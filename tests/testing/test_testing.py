@@ -31,7 +31,7 @@ def test_every_rule_of_the_library_keeps_the_contract(rule, contract):
 
 
 @pytest.mark.parametrize(
-    "kind", but_slow(["ffn", "swiglu", "copy", "constant", "module", "function"], "ffn", "function")
+    "kind", but_slow(["ffn", "swiglu", "copy", "constant", "module", "function"], "ffn")
 )
 def test_every_kind_of_expert_of_the_library_keeps_the_contract(kind):
     templates = {

@@ -28,7 +28,8 @@ def weights(expert):
     return {k: v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
 
 
-@pytest.mark.parametrize("order", ["shuffled", pytest.param("documents", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["shuffled", "documents"])
 def test_a_new_alphabet_is_found_within_eight_batches_and_once(alphabets, order):
     stream = small_stream(alphabets, ("low", 80), ("high", 80), order=order)
     model, _, events = learn(stream)
