@@ -281,4 +281,4 @@ def test_the_invariants_hold_after_each_act_of_a_few_lives():
 
 @pytest.mark.slow
 def test_the_invariants_hold_after_each_act_of_many_lives():
-    live(100, 50)
+    live(50, 50)
