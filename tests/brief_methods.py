@@ -1,4 +1,4 @@
-"""The methods as they run online, and the bound in as few steps."""
+"""The methods as they run online, and their bound in few steps."""
 
 from __future__ import annotations
 

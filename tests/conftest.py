@@ -23,12 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch  # here, because the process that hands out tests to workers needs none
 
     torch.set_num_threads(1)
-    # the longest first, so that no worker is left with one of them at the end
-    items.sort(key=lambda item: (not is_slow(item), item.path.name != "test_tutorials.py"))
-
-
-def is_slow(item: pytest.Item) -> bool:
-    return item.get_closest_marker("slow") is not None
+    # the longest first, so that no worker is left with one of them at the end; of the notebooks
+    # the last ones, so that the one with a Ray is over when other tests start a Ray
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    notebooks = [item for item in slow if item.path.name == "test_tutorials.py"]
+    first = [*reversed(notebooks), *(item for item in slow if item not in notebooks)]
+    items[:] = [*first, *(item for item in items if not item.get_closest_marker("slow"))]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

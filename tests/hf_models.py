@@ -72,7 +72,7 @@ OWN: dict[str, dict[str, Any]] = {
     ),
 }
 GROUPED = ("deepseek_v2", "deepseek_v3", "glm4_moe")
-# one of each layout of weights, for the quick tests; the others are run as slow ones
+# for the quick tests, three that differ most: in groups, with biases, plain; the others are slow
 KINDS = ("deepseek_v3", "gpt_oss", "mixtral")
 
 
