@@ -29,6 +29,7 @@ def images_of(stream, classes, count):
     return stream.train_images(chosen), stream.data.train_labels[chosen]
 
 
+@pytest.mark.slow
 def test_an_expert_is_born_when_the_short_term_memory_is_full_and_not_before():
     stream, learner = rows(), made()
     x, y = images_of(stream, [0, 1], 80)

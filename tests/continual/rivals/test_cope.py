@@ -31,6 +31,7 @@ def test_the_loss_and_its_gradient_are_avalanches(labels):
     torch.testing.assert_close(mine.grad, theirs.grad)
 
 
+@pytest.mark.slow
 def test_it_remembers_without_boundaries_or_task_labels():
     torch.manual_seed(0)
     learner = CoPE(

@@ -57,6 +57,7 @@ def test_packnet_gives_each_task_a_quarter_of_what_is_free():
     assert learner.memory(1).buffers == 64 * 48 + 48 * 48  # a byte a weight
 
 
+@pytest.mark.slow
 def test_expert_gate_finds_the_domain_of_an_image_by_itself():
     stream = rows(experiences=2, family=permuted, scenario="domain")
     learner = made(ExpertGate)
