@@ -145,3 +145,31 @@ class Resize:
     def __call__(self, phase, step, run):
         if phase == "between" and step in self.plan:
             run.resize(self.plan[step])
+
+
+class Chain:
+    """At a phase and step the last worker dies once, and each other waits for the next one."""
+
+    def __init__(self, *at):
+        self.at = at
+
+    def __call__(self, phase, step, run):
+        if (phase, step) != self.at or run.generation > 1:
+            return
+        if run.rank == run.size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        torch.distributed.recv(
+            torch.empty(1), group=run.parallel.workers.group, group_src=run.rank + 1
+        )
+
+
+class Leisurely:
+    """Takes its time over each step while a worker is alone, so that others can join it."""
+
+    def __init__(self, then):
+        self.then = then
+
+    def __call__(self, phase, step, run):
+        if phase == "between" and run.size == 1:
+            time.sleep(0.2)
+        self.then(phase, step, run)

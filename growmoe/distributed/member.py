@@ -327,49 +327,63 @@ def work(
         *where, is_master=False, timeout=timedelta(seconds=max(settings.timeout, 30))
     )
     store.set(f"ready/{worker}", json.dumps(versions()))
+    job = (train_loop, config, settings, report)
     snapshots, generation = Snapshots(), 0
     while True:
         found = _next(store, worker, generation)
         if found is None:
             return
         generation, members = found
-        # a client of its own: the other may be in use
-        own = distributed.TCPStore(
-            *where, is_master=False, timeout=timedelta(seconds=settings.timeout)
-        )
-        said: dict[str, Any] = {}
-        try:
-            distributed.init_process_group(
-                settings.backend,
-                store=distributed.PrefixStore(f"group/{generation}/", own),
-                rank=members.index(worker),
-                world_size=len(members),
-                timeout=timedelta(seconds=settings.timeout),
-            )
-            run = Run(
-                store, generation, members.index(worker), len(members), settings, snapshots, report
-            )
-            value = train_loop(config, run)
-            distributed.barrier()
-            said = {"kind": "finished"}
-            if members[0] == worker:
-                store.set("value", pickle.dumps(value))  # type: ignore[arg-type]
-        except Regroup:
-            said = {"kind": "regroup"}
-        except Exception as error:
-            said = {
-                "kind": "failed",
-                "error": "".join(traceback.format_exception_only(error)).strip(),
-                "traceback": traceback.format_exc(),
-                "communication": _of_communication(error),
-            }
-        finally:
-            # wakes those that wait for this worker
-            if distributed.is_initialized():
-                distributed.destroy_process_group()
+        said = _take_part(store, where, worker, generation, members, snapshots, *job)
+        # gloo closes its connections, and so wakes those that wait for this worker, only when
+        # nothing refers to the group any more: neither we nor the model of a loop that failed
+        snapshots.leave()
+        gc.collect()
         store.set(f"said/{generation}/{worker}", json.dumps(said))
-        del own
-        gc.collect()  # the model of the loop that failed
+
+
+def _take_part(
+    store: distributed.Store,
+    where: tuple[str, int],
+    worker: int,
+    generation: int,
+    members: list[int],
+    snapshots: Snapshots,
+    train_loop: Callable[[Any, Run], Any],
+    config: Any,
+    settings: Settings,
+    report: Report,
+) -> dict[str, Any]:
+    """Call the loop in the group of this generation; gives what came of it."""
+    # a client of its own: the other may be in use
+    own = distributed.TCPStore(*where, is_master=False, timeout=timedelta(seconds=settings.timeout))
+    rank = members.index(worker)
+    try:
+        distributed.init_process_group(
+            settings.backend,
+            store=distributed.PrefixStore(f"group/{generation}/", own),
+            rank=rank,
+            world_size=len(members),
+            timeout=timedelta(seconds=settings.timeout),
+        )
+        run = Run(store, generation, rank, len(members), settings, snapshots, report)
+        value = train_loop(config, run)
+        distributed.barrier()
+        if rank == 0:
+            store.set("value", pickle.dumps(value))  # type: ignore[arg-type]
+        return {"kind": "finished"}
+    except Regroup:
+        return {"kind": "regroup"}
+    except Exception as error:
+        return {
+            "kind": "failed",
+            "error": "".join(traceback.format_exception_only(error)).strip(),
+            "traceback": traceback.format_exc(),
+            "communication": _of_communication(error),
+        }
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def _next(store: distributed.Store, worker: int, after: int) -> tuple[int, list[int]] | None:

@@ -150,6 +150,13 @@ class Snapshots:
         )
         self._there, self._theirs = {}, {}
 
+    def leave(self) -> None:
+        """Let go of the group, and of what was under way in it: that never arrives."""
+        vars(self).pop("parallel", None)
+        self.group = None
+        for snapshot in self.kept:
+            snapshot.arriving, snapshot.leaving = [], []
+
     # Taking one.
 
     @property
@@ -253,8 +260,6 @@ class Snapshots:
         Raises:
             ExpertsLost: there are snapshots, but none of which every expert is on a living worker.
         """
-        for snapshot in self.kept:  # what had not arrived never will
-            snapshot.arriving, snapshot.leaving = [], []
         workers = self.parallel.workers
         mine = {s.key: (s.rank, s.size, s.names, list(s.packets)) for s in self.kept}
         told: list[dict[Key, Any]] = self._objects(mine)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from survival_loops import Once, Resize, alone, train
+from survival_loops import Chain, Leisurely, Once, Resize, alone, train
 
 from growmoe.distributed import ClusterError, Run, WorkerError, actors, fit
 from growmoe.distributed.dashboard import dashboard
 from growmoe.distributed.member import Settings, versions
+from growmoe.distributed.processes import Processes
 from growmoe.distributed.progress import text_of
 from growmoe.distributed.supervisor import Supervisor
 
@@ -41,11 +42,30 @@ def test_a_run_with_deaths_in_every_phase_equals_one_without(tmp_path):
 
 
 @pytest.mark.slow
-def test_survivors_go_on_alone_and_a_replacement_joins(tmp_path):
-    result = run(60, Once(tmp_path, {("backward", 9): 1}), num_workers=(1, 2), repeat=6)
+def test_who_waits_for_another_survivor_learns_of_a_death_long_before_the_time_out():
+    result = run(6, Chain("surgery", 4), num_workers=3, repeat=2, timeout=60.0)
+    (recovery,) = result.recoveries
+    assert recovery.exact and recovery.seconds < 30
+
+
+@pytest.mark.slow
+def test_survivors_go_on_alone_and_a_replacement_joins(tmp_path, monkeypatch):
+    alone_seen = []
+    room = Processes.room
+    # the replacement comes once the survivor has been seen to go on without it
+    monkeypatch.setattr(
+        Processes, "room", lambda self: room(self) if not self.living or alone_seen else 0
+    )
+
+    def watch(status):
+        if status["workers"] == 1:
+            alone_seen.append(True)
+
+    at = Leisurely(Once(tmp_path, {("backward", 9): 1}))
+    result = run(50, at, num_workers=(1, 2), repeat=6, watch=watch)
     sizes = result.value["sizes"]
-    assert sizes[0] == 2 and 1 in sizes.values() and sizes[59] == 2
-    assert_as_alone(result.value, alone(60))
+    assert sizes[0] == 2 and 1 in sizes.values() and sizes[49] == 2
+    assert_as_alone(result.value, alone(50))
 
 
 @pytest.mark.slow
