@@ -334,7 +334,8 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
         try:
             safetensors.torch.save_file(tensors, temporary, metadata)
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path}: cannot be written: {error}") from error
+            kind = OSError if "I/O error" in str(error) else ValueError
+            raise kind(f"{path}: cannot be written: {error}") from error
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         umask = os.umask(0)

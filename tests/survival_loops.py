@@ -1,6 +1,7 @@
 """Training loops for `growmoe.distributed.fit`: on the same batches with any number of workers."""
 
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -173,3 +174,15 @@ class Leisurely:
         if phase == "between" and run.size == 1:
             time.sleep(0.2)
         self.then(phase, step, run)
+
+
+class FullDisk:
+    """From a phase and step on, files that a rank writes are cut off after so many bytes."""
+
+    def __init__(self, at, rank, size):
+        self.at, self.rank, self.size = at, rank, size
+
+    def __call__(self, phase, step, run):
+        if (phase, step, run.rank) == (*self.at, self.rank):
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, hard))

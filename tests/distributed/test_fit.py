@@ -3,13 +3,15 @@
 import json
 import re
 import sys
+import time
 import types
 from pathlib import Path
 
 import pytest
 import torch
-from survival_loops import Chain, Leisurely, Once, Resize, alone, train
+from survival_loops import Chain, FullDisk, Leisurely, Once, Resize, alone, build, train
 
+import growmoe
 from growmoe.distributed import ClusterError, Run, WorkerError, actors, fit
 from growmoe.distributed.dashboard import dashboard
 from growmoe.distributed.member import Settings, versions
@@ -91,6 +93,21 @@ def test_a_worker_that_hangs_is_ended_and_replaced(tmp_path):
     (recovery,) = result.recoveries
     assert recovery.reason == "did not answer" and recovery.exact and recovery.workers == 2
     assert_as_alone(result.value, alone(8))
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays_whole(tmp_path):
+    folder = tmp_path / "run"
+    options = {"num_workers": 2, "repeat": 4, "checkpoint": folder, "checkpoint_every": 5}
+    begin = time.monotonic()
+    with pytest.raises(WorkerError, match="OSError: worker 0: .*main.*File too large"):
+        # there is room for the shards, but not for the main file
+        run(12, FullDisk(("between", 7), 0, 50_000), **options)
+    assert time.monotonic() - begin < 60
+    assert len(list(folder.iterdir())) == 3  # nothing half written is left
+    model, optimizer, organizer = build()
+    assert growmoe.load(folder, model, optimizer, organizer)["step"] == 5
+    assert_as_alone(run(12, **options).value, alone(12))
 
 
 class Elsewhere:
