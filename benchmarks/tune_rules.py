@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # one line a trial, not a page
 
 import ray
 from ray import tune
@@ -30,7 +29,7 @@ from ray.tune.search import BasicVariantGenerator
 from growmoe.continual.environment import hardware, versions
 from growmoe.rules import MergeSimilar, SpawnOnNovelty
 
-SPACE = {"novelty": tune.uniform(0.1, 0.6), "similarity": tune.uniform(0.85, 0.99)}
+SPACE = {"novelty": tune.uniform(0.05, 0.4), "similarity": tune.uniform(0.85, 0.99)}
 DEFAULTS = {"novelty": SpawnOnNovelty().share, "similarity": MergeSimilar().similarity}
 EVALUATIONS = 4
 
@@ -65,10 +64,9 @@ def trial(config: dict[str, Any]) -> None:
         rules = [SpawnOnNovelty(config["novelty"]), MergeSimilar(config["similarity"]), PruneIdle()]
         settings = TrainConfig(
             domains=("python", "english"), curriculum="phases", d_model=32, layers=1, heads=2,
-            experts=4, max_experts=12, organize_every=20, sequence_length=64, batch_size=8,
-            bytes_per_domain=200_000, steps=config["steps"],
-            evaluate_every=max(1, config["steps"] // EVALUATIONS), windows=8, seed=seed,
-            device="cpu",
+            experts=4, grow=True, max_experts=12, organize_every=20, sequence_length=64,
+            batch_size=8, bytes_per_domain=200_000, steps=config["steps"], windows=8, seed=seed,
+            evaluate_every=max(1, config["steps"] // EVALUATIONS), device="cpu",
         )  # fmt: skip
         train(settings, rules=rules, listen=hear)
 
@@ -102,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--cpus", type=int, default=None, help="of this machine; all if left out")
-    parser.add_argument("--steps", type=int, default=200, help="of each training")
+    parser.add_argument("--steps", type=int, default=300, help="of each training")
     parser.add_argument("--seeds", type=int, default=2, help="trainings of a trial")
     parser.add_argument("--output", type=Path, help="a file of all trials")
     arguments = parser.parse_args()

@@ -100,7 +100,7 @@ def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays_whole(tmp_path
     folder = tmp_path / "run"
     options = {"num_workers": 2, "repeat": 4, "checkpoint": folder, "checkpoint_every": 5}
     begin = time.monotonic()
-    with pytest.raises(WorkerError, match="OSError: worker 0: .*main.*File too large"):
+    with pytest.raises(WorkerError, match=r"OSError: worker 0: .*main.*File too large"):
         # there is room for the shards, but not for the main file
         run(12, FullDisk(("between", 7), 0, 50_000), **options)
     assert time.monotonic() - begin < 60
