@@ -181,10 +181,10 @@ class Killer(threading.Thread):
                 if (now, of) == (phase, generation) and step >= wait:
                     # anywhere in the phase; one that is over by then is left alone, so that the
                     # short phases get their turn too
-                    time.sleep(self.draw.uniform(0, 0.004 / (1 + tries)))
+                    time.sleep(self.draw.uniform(0, 0.004) if tries < 4 else 0.0)
                     pid, now, step, of = self.board.read(rank)
                     tries += 1
-                    if (now, of) == (phase, generation) or tries == 40:
+                    if (now, of) == (phase, generation) or tries == 12:
                         break
                 time.sleep(0.0002)
             os.kill(pid, signal.SIGKILL)
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    steps = 14 * arguments.kills + 10
+    steps = 24 * arguments.kills + 10
     with tempfile.TemporaryDirectory() as folder:
         run = measure(
             arguments.workers, arguments.kills, steps, arguments.repeat, arguments.seed, folder

@@ -336,7 +336,7 @@ def work(
         generation, members = found
         said = _take_part(store, where, worker, generation, members, snapshots, *job)
         # gloo closes its connections, and so wakes those that wait for this worker, only when
-        # nothing refers to the group any more: neither we nor the model of a loop that failed
+        # nothing refers to the group any more, nor to works of it in the frames of a failed loop
         snapshots.leave()
         gc.collect()
         store.set(f"said/{generation}/{worker}", json.dumps(said))

@@ -152,7 +152,9 @@ class Snapshots:
 
     def leave(self) -> None:
         """Let go of the group, and of what was under way in it: that never arrives."""
-        vars(self).pop("parallel", None)
+        parallel = vars(self).pop("parallel", None)
+        if parallel is not None:
+            parallel.workers.leave()
         self.group = None
         for snapshot in self.kept:
             snapshot.arriving, snapshot.leaving = [], []

@@ -38,6 +38,11 @@ class Workers:
             distributed.get_world_size(self.group),
         )
 
+    def leave(self) -> None:
+        """Let go of the group, and of the model: a graph that the model keeps holds us, and Python
+        cannot see that cycle."""
+        self.group, self.after_backward = None, lambda: None
+
     def __deepcopy__(self, memo: Any) -> Workers:
         return self
 
