@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -92,6 +93,13 @@ def bench(
         Path, typer.Option(help="Published numbers that a suite is compared with.")
     ] = Path("benchmarks/targets.toml"),
     workers: Annotated[int, typer.Option(min=1, help="Cells at a time, on Ray if above 1.")] = 1,
+    resources: Annotated[
+        str,
+        typer.Option(
+            help="What each cell takes with several workers, as CPU=2,GPU=0.5,memory=2e9.",
+            show_default="CPU=1",
+        ),
+    ] = "",
     controls: Annotated[
         bool, typer.Option("--controls", help="Add growmoe's controls to the methods.")
     ] = False,
@@ -117,6 +125,7 @@ def bench(
     except (KeyError, ValueError) as error:
         raise UserError(error.args[0]) from error
     published = read_targets(targets) if suite else []
+    amounts = _amounts(resources)
     chosen = _choose(methods)
     if controls:
         chosen = {**chosen, **growmoe_controls()}
@@ -134,7 +143,7 @@ def bench(
             place = output or Path("runs") / folder
         try:
             outcome = _bench_one(name, chosen, range(first_seed, first_seed + seeds), place,
-                                 data_dir, workers, tensorboard)  # fmt: skip
+                                 data_dir, workers, amounts, tensorboard)  # fmt: skip
         except (DataError, ImportError) as error:
             if not suite:
                 raise
@@ -159,6 +168,7 @@ def _bench_one(
     output: Path,
     data_dir: Path | None,
     workers: int,
+    resources: Mapping[str, float],
     tensorboard: bool,
 ) -> Outcome:
     """Run and print the table of one stream."""
@@ -180,6 +190,7 @@ def _bench_one(
             workers=workers,
             show=view.show if view.moving else None,
             listen=(lambda record: None) if board is None else board.cell,
+            resources=resources,
         )
     print_table(outcome.results, printer())
     print_written([*outcome.files, *[output / "tensorboard"] * tensorboard])
@@ -188,6 +199,18 @@ def _bench_one(
             print(f"growmoe: {failure}", file=sys.stderr)
         print(f"growmoe: the tracebacks are in {output / 'errors'}", file=sys.stderr)
     return outcome
+
+
+def _amounts(text: str) -> dict[str, float]:
+    """What "CPU=2,GPU=0.5" says."""
+    try:
+        pairs = [part.split("=") for part in text.split(",") if part.strip()]
+        amounts = {name.strip(): float(amount) for name, amount in pairs}
+    except ValueError:
+        amounts = {"": 0.0}
+    if not all(name and 0 < amount < math.inf for name, amount in amounts.items()):
+        raise UserError(f"--resources must be like CPU=2,GPU=0.5, got {text!r}")
+    return amounts
 
 
 def _choose(names: str) -> Mapping[str, Method]:

@@ -21,7 +21,7 @@ import torch
 from growmoe.continual import metrics, store, streams, table
 from growmoe.continual.environment import hardware, versions
 from growmoe.continual.methods import Method
-from growmoe.continual.parallel import run_parallel
+from growmoe.continual.parallel import TooFewResources, run_parallel
 from growmoe.continual.streams import Stream
 from growmoe.continual.summary import summarize
 from growmoe.glimpse import Glimpse, Onlooker
@@ -62,6 +62,7 @@ def run_bench(
     workers: int = 1,
     show: Callable[[str, Glimpse | None], None] | None = None,
     listen: Callable[[Mapping[str, Any]], None] = lambda record: None,
+    resources: Mapping[str, float] | None = None,
 ) -> Outcome:
     """Run every method with every seed, skipping the cells that `output` already has.
 
@@ -83,9 +84,12 @@ def run_bench(
         show: shown each cell while it runs, by its name, and None when it has ended; a method that
             measures itself with a `Recorder` shows its curves, experts and events.
         listen: given the record of each cell that is finished, those of an earlier call first.
+        resources: what Ray sets aside for each cell when there are several workers, as
+            {"CPU": 2, "GPU": 0.5, "memory": 2e9}; one CPU if left out.
 
     Raises:
-        BenchError: `output` belongs to another bench, or cannot be written.
+        BenchError: `output` belongs to another bench, or cannot be written, or Ray has less than
+            one cell takes.
         DataError: the data is missing or damaged.
         KeyError: no stream has this name.
     """
@@ -165,12 +169,15 @@ def run_bench(
 
         progress(0.0, f"{workers} workers start")
         hearing = None if show is None else hear
-        for position, result in run_parallel(tasks, workers, hearing):
-            if isinstance(result, Exception):
-                result = _Failure.of(result)
-            keep(position, result)
-            count += 1
-            tell_all()
+        try:
+            for position, result in run_parallel(tasks, workers, hearing, resources):
+                if isinstance(result, Exception):
+                    result = _Failure.of(result)
+                keep(position, result)
+                count += 1
+                tell_all()
+        except TooFewResources as error:
+            raise BenchError(str(error)) from error
     else:
         current = first
         for position, (seed, name) in enumerate(todo):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -12,26 +13,35 @@ Tell = Callable[[Any], None]
 _PAUSE = 0.5  # seconds
 
 
+class TooFewResources(ValueError):
+    """There is less in the whole cluster than one task takes."""
+
+
 def run_parallel(
     tasks: Sequence[Callable[[Tell], Result]],
     workers: int,
     hear: Callable[[int, Any], None] | None = None,
+    resources: Mapping[str, float] | None = None,
 ) -> Iterator[tuple[int, Result | Exception]]:
     """Run tasks in `workers` processes; each result is given as soon as it is there.
 
     Args:
         tasks: functions that cloudpickle can carry to another process; each is given a function
             to tell how it goes.
-        workers: how many run at a time. A Ray that is already running is used as it is.
+        workers: how many run at a time. A Ray that is already running, or that `RAY_ADDRESS` names,
+            is used as it is.
         hear: given the position of a task and what it told last, about twice a second; without it,
             what tasks tell is lost.
+        resources: what Ray sets aside for each, as {"CPU": 1, "GPU": 0.5, "memory": 2e9}; one CPU
+            unless it says otherwise.
 
     Yields:
-        (the position of the task, what it gave or how it failed): a process that died counts as a
-        failure of its task alone.
+        (the position of the task, what it gave or how it failed). A task whose process died is run
+        once more; should that die too, it is a failure of its task alone.
 
     Raises:
         ImportError: Ray is not installed.
+        TooFewResources: a task would wait for ever.
     """
     try:
         ray: Any = importlib.import_module("ray")
@@ -40,22 +50,39 @@ def run_parallel(
             "several workers need ray, which is not installed: "
             "pip install 'growmoe[distributed]', or leave --workers at 1"
         ) from error
+    takes = {"CPU": 1.0, **(resources or {})}
     ours = not ray.is_initialized()
     environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
     if ours:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(
-            num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
-        )
+        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**quiet)
+        else:
+            cpus = max(workers, math.ceil(workers * takes["CPU"]))
+            ray.init(num_cpus=cpus, include_dashboard=False, **quiet)
     try:
-        # a cell is deterministic: what failed once would fail again
-        call = ray.remote(num_cpus=1, max_retries=0, runtime_env=environment)(_run)
+        has = ray.cluster_resources()
+        for name, amount in takes.items():
+            if amount > has.get(name, 0):
+                there = has.get(name, 0)
+                raise TooFewResources(f"a cell takes {amount:g} {name}, Ray has {there:g}")
+        # a cell is deterministic: what it raised once it would raise again
+        call = ray.remote(
+            num_cpus=takes["CPU"],
+            num_gpus=takes.get("GPU", 0),
+            memory=int(takes["memory"]) if "memory" in takes else None,
+            resources={k: v for k, v in takes.items() if k not in ("CPU", "GPU", "memory")},
+            max_retries=0,
+            runtime_env=environment,
+        )(_run)
         mailbox = None
         if hear is not None:  # should it die, another takes its place: no run ends for its view
             kept = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
             mailbox = ray.remote(**kept)(_Mailbox).remote()
         waiting = list(range(len(tasks)))
         running: dict[Any, int] = {}
+        died: set[int] = set()
         while waiting or running:
             while waiting and len(running) < workers:
                 position = waiting.pop(0)
@@ -70,12 +97,20 @@ def run_parallel(
             if not done:
                 continue
             position = running.pop(done[0])
+            result: Any
             try:
-                yield position, ray.get(done[0])
-            except Exception as error:
+                result = ray.get(done[0])
+            except ray.exceptions.RayTaskError as error:
                 # Ray wraps what the task raised
                 cause = getattr(error, "cause", None)
-                yield position, cause if isinstance(cause, Exception) else error
+                result = cause if isinstance(cause, Exception) else error
+            except Exception as error:
+                if position not in died:
+                    died.add(position)
+                    waiting.append(position)
+                    continue
+                result = error
+            yield position, result
     finally:
         if ours:
             ray.shutdown()

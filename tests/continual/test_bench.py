@@ -331,10 +331,35 @@ def test_several_workers_without_ray_name_the_extra(tmp_path, monkeypatch):
         run_bench("tiny", method, [0, 1], tmp_path / "out", load=load, workers=2)
 
 
-@pytest.mark.slow
-def test_workers_give_the_cells_that_one_process_gives_and_a_failure_is_its_own(tmp_path):
+class Dies(Recorded):
+    """A method whose process dies, so many times for each seed: files remember."""
+
+    def __init__(self, folder, times):
+        super().__init__()
+        self.folder, self.times = str(folder), times
+
+    def __call__(self, stream, seed, progress):
+        marks = [Path(self.folder) / f"{self.times}-{seed}-{i}" for i in range(self.times)]
+        for mark in marks:
+            if not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(stream, seed, progress)
+
+
+@pytest.fixture(scope="module")
+def ray_of_two():
     ray = pytest.importorskip("ray")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_workers_give_the_cells_that_one_process_gives_and_a_failure_is_its_own(
+    tmp_path, ray_of_two
+):
     methods = {
         "good": Method("good", Recorded(), {}),
         "bad": Method("bad", Recorded(fail={1: ValueError("broke")}), {}),
@@ -348,11 +373,41 @@ def test_workers_give_the_cells_that_one_process_gives_and_a_failure_is_its_own(
     assert last == dict.fromkeys(f"{name} seed {seed}" for name in methods for seed in (0, 1))
     one = run_bench("tiny", methods, [0, 1], tmp_path / "one", load=load)
     assert many.failures == one.failures == ["bad seed 1 failed: ValueError: broke"]
+    assert_same_cells(many, one)
+
+
+def assert_same_cells(many, one):
+    assert many.results["methods"].keys() == one.results["methods"].keys()
     for name, entry in one.results["methods"].items():
         others = many.results["methods"][name]["seeds"]
         for cell, other in zip(entry["seeds"], others, strict=True):
             assert cell["extras"] == other["extras"]
             assert cell["accuracy_matrix"] == other["accuracy_matrix"]
+
+
+@pytest.mark.slow
+def test_a_cell_whose_process_is_killed_is_run_once_more_and_harms_no_other(tmp_path, ray_of_two):
+    methods = {
+        "once": Method("once", Dies(tmp_path, 1), {}),
+        "good": Method("good", Recorded(), {}),
+        "twice": Method("twice", Dies(tmp_path, 2), {}),
+    }
+    many = run_bench(
+        "tiny", methods, [0], tmp_path / "many", load=load, workers=2,
+        resources={"CPU": 0.5, "memory": 1e6},
+    )  # fmt: skip
+    (failure,) = many.failures
+    assert failure.startswith("twice seed 0 failed: WorkerCrashedError")
+    whole = {name: Method(name, Recorded(), {}) for name in ("once", "good")}
+    assert_same_cells(many, run_bench("tiny", whole, [0], tmp_path / "one", load=load))
+
+
+@pytest.mark.slow
+def test_a_cell_that_takes_more_than_there_is_is_refused(tmp_path, ray_of_two):
+    methods = {"one": Method("one", Recorded(), {})}
+    for resources, lacks in (({"CPU": 3}, "3 CPU, Ray has 2"), ({"GPU": 1}, "1 GPU, Ray has 0")):
+        with pytest.raises(BenchError, match=f"a cell takes {lacks}"):
+            run_bench("tiny", methods, [0, 1], tmp_path, load=load, workers=2, resources=resources)
 
 
 def test_cells_are_shown_while_they_run_and_listened_to_when_finished(tmp_path):
