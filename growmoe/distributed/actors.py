@@ -13,9 +13,14 @@ import torch
 from growmoe.distributed.member import Run, Settings, work
 from growmoe.distributed.supervisor import ClusterError
 
+# what Ray prints of each dead worker; `fit` survives it and counts it in the bar and the result
+_DEATH = "A worker died or was killed while executing a task by an unexpected system error"
+
 
 def require_ray() -> Any:
     """The module; raises ImportError naming the extra."""
+    if "ray" not in sys.modules:  # which reads it once; who imported Ray before sees its words
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _DEATH)
     try:
         import ray
     except ImportError as error:

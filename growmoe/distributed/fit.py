@@ -74,7 +74,7 @@ def fit(
         address: of a Ray cluster; `RAY_ADDRESS`, a running one or a new one on this machine if
             left out.
         progress: one bar for all workers; on a terminal if left out.
-        watch: told of each status (a dict of step, workers, imbalance …).
+        watch: told of each status (a dict of step, workers, imbalance, recoveries …).
 
     Raises:
         ImportError: Ray is not installed.
@@ -116,10 +116,11 @@ def fit(
     with bar(progress) as draw:
 
         def tell(status: dict[str, Any]) -> None:
+            status = {**status, "recoveries": len(supervisor.recoveries)}
             draw(status)
             watch(status)
 
-        return Supervisor(
+        supervisor = Supervisor(
             launcher,
             least,
             most,
@@ -127,4 +128,5 @@ def fit(
             start_timeout=start_timeout,
             max_failures=max_failures,
             watch=tell,
-        ).run()
+        )
+        return supervisor.run()

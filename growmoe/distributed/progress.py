@@ -15,6 +15,9 @@ def text_of(status: dict[str, Any]) -> str:
     experts = sum(status["experts"].values())
     moved = sum(status["sent"].values())
     own = "".join(f" · {k} {v:.4g}" for k, v in status.get("values", {}).items())
+    deaths = status.get("recoveries", 0)
+    if deaths:
+        own += f" · {deaths} {'recovery' if deaths == 1 else 'recoveries'}"
     return (
         f"{status['workers']} workers · {experts} experts · "
         f"busiest {status['imbalance']:.2f} × mean · {moved / 1e6:,.0f} MB sent{own}"

@@ -1,7 +1,9 @@
 """A run survives its workers."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 import time
 import types
@@ -196,6 +198,25 @@ def test_the_bar_tells_of_all_workers():
     status = {"workers": 3, "experts": {"a": 4, "b": 5}, "imbalance": 1.25, "sent": {"rows": 3e6}}
     text = text_of({**status, "values": {"loss": 0.51234}})
     assert text == "3 workers · 9 experts · busiest 1.25 × mean · 3 MB sent · loss 0.5123"
+    assert text_of({**status, "recoveries": 1}).endswith("3 MB sent · 1 recovery")
+
+
+@pytest.mark.slow
+def test_what_ray_prints_of_a_worker_that_fit_replaces_is_not_shown_and_all_else_is():
+    pytest.importorskip("ray")
+    script = """
+from growmoe.distributed import actors
+actors.require_ray()
+from ray._private.ray_logging import stdout_deduplicator
+said = [f"{actors._DEATH}. Worker ID: 1", "Workers killed due to memory pressure (OOM)"]
+print(stdout_deduplicator.deduplicate({"lines": said, "pid": "raylet", "ip": "", "is_err": False}))
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_DEDUP")}
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert found.returncode == 0, found.stderr
+    assert "memory pressure" in found.stdout and "worker died" not in found.stdout
 
 
 def one_part(rows, rank, size):
