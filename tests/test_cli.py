@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -329,40 +328,6 @@ def test_train_lm_stopped_by_a_signal_goes_on(poems, tmp_path):
     )
     assert again.returncode == 0 and "goes on after step" in again.stderr
     assert "the same command goes on from here" in again.stdout
-
-
-@pytest.mark.slow
-def test_bench_with_workers_killed_in_the_middle_goes_on_where_it_was(run, tmp_path):
-    pytest.importorskip("ray")
-    command = ["bench", "split-digits", "--seeds", "2", "--methods", "ridge,slda", "--output"]
-    parallel = [sys.executable, "-m", "growmoe", *command, str(tmp_path / "killed")]
-    parallel += ["--workers", "2", "--resources", "CPU=0.5"]
-    process = subprocess.Popen(parallel, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    cells = tmp_path / "killed" / "cells"
-    until = time.monotonic() + 240
-    while not (kept := sorted(cells.glob("*.json"))) and time.monotonic() < until:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    kept = {path: path.stat().st_mtime_ns for path in sorted(cells.glob("*.json"))}
-    assert 1 <= len(kept) < 4
-    again = subprocess.run(parallel, capture_output=True, text=True, timeout=240)
-    assert again.returncode == 0, again.stderr
-    assert f"{len(kept)} cells were finished before and are kept" in again.stderr
-    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
-    assert run(*command, tmp_path / "whole")[0] == 0
-    one, two = (
-        json.loads((tmp_path / name / "results.json").read_text())["methods"]
-        for name in ("killed", "whole")
-    )
-    for method in ("ridge", "slda"):
-        measured = [
-            [(cell["seed"], cell["accuracy_matrix"], cell["parameters"]) for cell in m["seeds"]]
-            for m in (one[method], two[method])
-        ]
-        assert measured[0] == measured[1]
-        for quantity in ("final_accuracy", "forgetting", "backward_transfer"):
-            assert one[method][quantity] == two[method][quantity]
 
 
 @pytest.mark.parametrize("text", ["CPU", "CPU=", "CPU=x", "CPU=-1", "GPU=nan", "=2", "CPU=1=2"])
