@@ -116,8 +116,12 @@ def bench(
 ) -> None:
     """Run methods on a stream with several seeds, and compare them."""
     options = Options(scenario, drift, experiences, examples, tests)
-    if bool(stream) == bool(suite):
-        raise UserError("give a STREAM or a --suite, and not both")
+    if not stream and not suite:
+        raise UserError(
+            "name a STREAM, as split-digits (`growmoe streams` lists them), or a --suite"
+        )
+    if stream and suite:
+        raise UserError(f"a suite has its own streams: leave out {stream!r} or --suite")
     if suite and suite not in SUITES:
         raise UserError(f"no suite {suite!r}{nearest(suite, SUITES)}")
     try:
