@@ -39,5 +39,11 @@ def draw(layers: Sequence[dict[str, Any]], path: Path) -> None:
         most = max((abs(v) for row in others for v in row if not math.isnan(v)), default=1.0)
         image = right.imshow(others, vmin=-most, vmax=most, cmap="RdBu_r")
         right.set_title("cosine of outputs", fontsize=9)
+        right.set_facecolor("0.8")  # of the diagonal, where white would read as 0
+        shown = list(places)[:: math.ceil(len(places) / 16)]
+        ids = [str(layer["ids"][place]) for place in shown]
+        right.set_xticks(shown, ids, fontsize=6)
+        right.set_yticks(shown, ids, fontsize=6)
+        right.set_xlabel("expert", fontsize=8)
         figure.colorbar(image, ax=right)
     figure.savefig(path, dpi=100)
