@@ -126,7 +126,7 @@ def test_the_global_head_is_ridge_regression_on_everything_seen():
 
 
 def log_ratio(head, x1, first, second):
-    """Of Gaussians with the mean and variance of either's scores, as if 20 more rows had been seen."""
+    """Of Gaussians with the mean and variance of either's scores, as if seen 20 rows more."""
     (u, v), count = (first @ head, second @ head), len(first) + len(second)
     both = (len(u) * u.var(correction=0) + len(v) * v.var(correction=0)) / count
     a, b = (
