@@ -1,7 +1,10 @@
 """growmoe: mixtures of experts whose experts are born, merged, frozen and removed while they train.
 
-Start reading at `growmoe.moe`.
+Start reading at `growmoe.moe`. Rooms that need further packages are imported when first named.
 """
+
+import importlib
+from typing import Any
 
 from growmoe import losses, models, offload, routers, rules, surgery
 from growmoe.assignment import Assignment
@@ -47,3 +50,11 @@ __all__ = [
     "surgery",
     "upcycle",
 ]
+
+_ROOMS = ("compress", "continual", "distributed", "hf", "integrations", "lm", "report", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"growmoe.{name}")
+    raise AttributeError(f"module 'growmoe' has no attribute {name!r}")

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,19 @@ def test_every_picture_it_shows_is_there():
     assert pictures
     for picture in pictures:
         assert (ROOT / picture).is_file(), picture
+
+
+def test_every_room_it_names_is_there_after_import_growmoe_alone():
+    blocks = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.S))
+    rooms = sorted(set(re.findall(r"\bgrowmoe\.(\w+)", blocks)))
+    assert {"compress", "hf", "report", "distributed"} <= set(rooms)
+    code = (
+        "import sys, growmoe\n"
+        "heavy = {'avalanche', 'ray', 'transformers', 'matplotlib'}\n"
+        "early = heavy & set(sys.modules)\n"
+        "assert not early, early\n"
+        f"for room in {rooms}: getattr(growmoe, room)\n"
+        "assert not hasattr(growmoe, 'nowhere')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
