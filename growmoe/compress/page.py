@@ -22,7 +22,8 @@ th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align:
 th:first-child, td:first-child, th.text, td.text { text-align: left; }
 code { background: var(--soft); padding: .1rem .3rem; overflow-wrap: anywhere; }
 svg { width: 100%; height: auto; margin-bottom: -.5rem; }
-td { overflow-wrap: anywhere; }
+td { white-space: nowrap; } td.text { white-space: normal; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; }
 .gone { fill: var(--gone); } .kept { fill: var(--kept); }
 text { font: 11px system-ui, sans-serif; fill: currentColor; }
 details { margin: .5rem 0; }
@@ -36,6 +37,7 @@ parameters → {{ "{:,}".format(r.parameters_after) }};
 of memory.</p>
 {% if r.model.command %}<p><code>{{ r.model.command }}</code></p>{% endif %}
 {% macro losses(found, first, second) %}
+<div class="wide" tabindex="0" role="region" aria-label="{{ first }} and {{ second }} of each domain">
 <table>
 <tr><th>domain</th><th>{{ first }}</th><th>{{ second }}</th><th>change</th><th>95% interval</th>
 <th>samples</th></tr>
@@ -46,6 +48,7 @@ of memory.</p>
 <td>{{ c.samples }}</td></tr>
 {% endfor %}
 </table>
+</div>
 {% endmacro %}
 <h2>Loss before and after</h2>
 <p>Nats per token on the same sequences, with the 95% confidence interval of the paired change over

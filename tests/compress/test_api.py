@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import chromium
 from torch import Tensor
 from torch.nn import Linear
 
@@ -305,6 +306,22 @@ def test_a_report_is_json_and_one_page(
     page = files[1].read_text()
     assert "&lt;a&gt;" in page and "<a>" not in page
     assert "http" not in page, "it needs nothing else"
+
+
+@pytest.mark.slow
+def test_on_a_phone_the_page_keeps_its_width_and_its_figures_whole(
+    model: TransformerLM, batches: list[Tensor], tmp_path: Path
+) -> None:
+    report = prune(model, batches, ratio=0.25, evaluation={"python": batches[:4]})
+    page = report.write(tmp_path)[1]
+    with chromium(390) as browser:
+        browser.get(page.as_uri())
+        run = browser.execute_script
+        assert run("return document.documentElement.scrollWidth") <= 390
+        heights = run(
+            "return [...document.querySelectorAll('.wide td')].map(cell => cell.clientHeight)"
+        )
+        assert max(heights) < 45, "a figure is broken into lines"
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
