@@ -110,12 +110,16 @@ function picker(label, options, change) {
 
 // Lines over time.
 
+const BANDS = 4; // more would hide the lines
+
 const swatch = (i) => h("span", { class: "swatch", "aria-hidden": "true",
   style: `border-top-color: var(--line-${i % 8}); border-top-style: ${["solid", "dashed", "dotted", "double"][(i >> 3) % 4]}` });
 
 function lines(chart) {
   const shown = chart.lines.map(() => true);
-  const boxes = chart.lines.length > 1 && h("fieldset", {}, h("legend", {}, "Show"),
+  const crowded = chart.lines.length > BANDS && chart.lines.some((line) => line.low);
+  const boxes = chart.lines.length > 1 && h("fieldset", {},
+    h("legend", {}, crowded ? `Show (intervals with up to ${BANDS})` : "Show"),
     chart.lines.map((line, i) => h("label", {},
       h("input", { type: "checkbox", checked: true, onchange: (event) => {
         shown[i] = event.target.checked;
@@ -123,10 +127,11 @@ function lines(chart) {
       } }), swatch(i), line.name)));
   const draw = () => {
     const traces = [];
+    const bands = shown.filter(Boolean).length <= BANDS;
     chart.lines.forEach((line, i) => {
       if (!shown[i]) return;
       const colour = colours()[i % 8];
-      if (line.low) traces.push({
+      if (line.low && bands) traces.push({
         x: [...line.x, ...[...line.x].reverse()], y: [...line.high, ...[...line.low].reverse()],
         fill: "toself", fillcolor: pale(colour, 0.18), line: { width: 0 }, mode: "lines",
         hoverinfo: "skip", showlegend: false,
@@ -142,7 +147,7 @@ function lines(chart) {
       height: high(), hovermode: "x unified",
       shapes: chart.drifts.map((x) => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper",
         line: { color: css("--quiet"), width: 1, dash: "dot" } })),
-      xaxis: { title: text(chart.x), ...few(chart) }, yaxis: { title: text(chart.y) },
+      xaxis: { title: text(chart.x), ...few(chart) }, yaxis: { title: text(chart.y), ...bounded(chart) },
     }];
   };
   const ends = chart.lines.map((line) => `${line.name} ${number(line.y[line.y.length - 1])}`).join(", ");
@@ -169,6 +174,9 @@ function few(chart) {
   const all = chart.lines.flatMap((line) => line.x);
   return all.every(Number.isInteger) && Math.max(...all) <= 20 ? { dtick: 1 } : {};
 }
+
+// An interval over few seeds may reach beyond what a percentage can be.
+const bounded = (chart) => chart.y.endsWith("(%)") ? { minallowed: -2, maxallowed: 102 } : {};
 
 // Heat maps.
 
