@@ -159,6 +159,10 @@ class TrainConfig:
                 raise TrainError("weights mix domains, which curriculum='phases' does not")
         if self.grow and not self.experts:
             raise TrainError("grow needs experts, got experts=0")
+        if self.grow and self.max_experts < self.experts:
+            raise TrainError(
+                f"max_experts={self.max_experts}, but each layer begins with {self.experts}"
+            )
         if self.paths and self.grow:
             raise TrainError("paths grow by themselves: leave out grow")
         if self.paths and (self.dropout or self.precision != "float32"):

@@ -103,6 +103,8 @@ def train(
     if tokenizer is None:
         tokenizer = ByteTokenizer() if config.tokenizer is None else FileTokenizer(config.tokenizer)
     device = pick_device(config.device)
+    if rules is not None and not config.grow:
+        raise TrainError("rules are given, but config.grow is not")
     organizer_rules = build_rules(config) if rules is None else list(rules)
     identity: dict[str, Any] = {"config": config.to_json()}
     if model is not None:

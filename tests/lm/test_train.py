@@ -313,6 +313,7 @@ def test_a_run_that_diverges_says_so(texts):
         ({"weights": (0.0, 0.0)}, "not all 0"),
         ({"weights": (1, 2), "curriculum": "phases"}, "curriculum='phases' does not"),
         ({"grow": True, "experts": 0}, "grow needs experts"),
+        ({"grow": True, "experts": 8, "max_experts": 2}, "each layer begins with 8"),
         ({"rules": ("PruneIdle",)}, "rules are given, but grow is not"),
         ({"grow": True, "rules": ("PruneIdel",)}, "no rule 'PruneIdel': choose from"),
         ({"grow": True, "paths": True}, "paths grow by themselves"),
@@ -347,3 +348,8 @@ def test_tensorboard_gets_losses_bits_and_loads(texts, tmp_path):
     assert {"loss", "lr"} <= set(events.Tags()["scalars"])
     assert any(name.startswith("bits_per_byte/") for name in events.Tags()["scalars"])
     assert any(name.startswith("load/") for name in events.Tags()["histograms"])
+
+
+def test_rules_for_a_model_that_does_not_grow_are_refused():
+    with pytest.raises(TrainError, match="rules are given, but"):
+        train(TrainConfig(steps=1), rules=[growmoe.rules.PruneIdle()])
