@@ -35,14 +35,14 @@ def act(layer, optimizer, step):
 
 
 def train(config, run):
-    """config: steps, and `at`, a function of (phase, step, run) called at every phase.
+    """config: steps, `replicas`, and `at`, a function of (phase, step, run) called at every phase.
 
     Returns losses by step and all weights and moments.
     """
     at = config.get("at") or (lambda *_: None)
     model, optimizer, organizer = build()
     layer = next(iter(moe_layers(model).values()))
-    parallel = run.share(model, optimizer, organizer)
+    parallel = run.share(model, optimizer, organizer, replicas=config.get("replicas", 1))
     for step in run.steps(config["steps"]):
         at("forward", step, run)
         x, y = map(run.part, batch(step, torch.float64))
@@ -58,6 +58,7 @@ def train(config, run):
         total = parallel.workers.total(loss.detach()).item() / run.size
         run.extra.setdefault("losses", {})[step] = total
         run.extra.setdefault("sizes", {})[step] = run.size
+        run.extra.setdefault("replicas", {})[step] = parallel.workers.replicas
         at("between", step, run)
     with layer.gathered(None, [optimizer]):
         state = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -138,14 +139,16 @@ class Pause:
 
 
 class Resize:
-    """Asks for other numbers of workers: {step: number}."""
+    """Asks for other numbers of workers: {step: number}; `then` is called at every phase."""
 
-    def __init__(self, plan):
-        self.plan = plan
+    def __init__(self, plan, then=None):
+        self.plan, self.then = plan, then
 
     def __call__(self, phase, step, run):
         if phase == "between" and step in self.plan:
             run.resize(self.plan[step])
+        if self.then:
+            self.then(phase, step, run)
 
 
 class Chain:

@@ -139,7 +139,8 @@ class ShardedBank(ExpertBank):
         """Where each worker sends the rows of each expert, int64 [W, E], and a check sum."""
         key = (tuple(self.holders[id] for id in self), tuple(self), self.workers.size)
         if self._routes is None or self._routes[0] != key:
-            dest = [[h[s % len(h)] if s not in h else s for h in key[0]] for s in range(key[2])]
+            near = [[self.workers.nearest(s, h) for h in key[0]] for s in range(key[2])]
+            dest = [[s if s in h else h[s % len(h)] for h in of] for s, of in enumerate(near)]
             device = next(self.buffers()).device
             check = zlib.crc32(repr(key).encode())
             self._routes = (key, torch.tensor(dest, dtype=torch.int64, device=device), check)
@@ -169,7 +170,8 @@ class ShardedBank(ExpertBank):
     ) -> tuple[Plan, Tensor, float | Tensor]:
         """How rows go, the rows of each local expert, and the share of gradients (see below)."""
         assert self.tally is not None
-        rank, size, counts_WE = self.workers.rank, self.workers.size, self.tally.counts_WE
+        workers, counts_WE = self.workers, self.tally.counts_WE
+        rank, size, width = workers.rank, workers.size, workers.width
         local = torch.tensor([self.holds(id) for id in self], device=counts_WE.device)
         own_dest_R = dest_WE[rank][a.expert_R]
         order = own_dest_R.argsort(stable=True)
@@ -187,7 +189,8 @@ class ShardedBank(ExpertBank):
         if max(copies, default=1) > 1:
             copies_L = torch.tensor(copies, dtype=dtype, device=order.device)
             share = (copies_L / size).repeat_interleave(counts_L)[:, None]
-        sent, received = send.tolist(), here_WL.sum(1).tolist()
+        replica = slice(rank - rank % width, rank - rank % width + width)
+        sent, received = send[replica].tolist(), here_WL.sum(1)[replica].tolist()
         return Plan(order, sent, received, arranged), counts_L, share
 
     # Experts asked by themselves, as consent does.
@@ -222,7 +225,8 @@ class ShardedBank(ExpertBank):
         super().replace(experts)
         for expert in self.values():
             if type(expert) is Expert:
-                self.holders[expert.id] = (self._lightest(expert.id),)
+                seats = self.workers.seats([self._lightest(expert.id)])
+                self.holders[expert.id] = self.workers.everywhere(seats)
                 self._adopt(expert)
 
     def _lightest(self, newborn: int) -> int:
@@ -260,13 +264,14 @@ class ShardedBank(ExpertBank):
             old, new = self.holders[id], tuple(holders[id])
             for receiver in sorted(set(new) - set(old)):
                 moved += size_of(expert)
-                if rank == old[0]:
+                source = self.workers.nearest(receiver, old)[0]
+                if rank == source:
                     packet = pack(expert, optimizers)
                     self.workers.sent["experts"] += bytes_of(packet)
                     distributed.send_object_list([packet], group=group, group_dst=receiver)
                 elif rank == receiver:
                     box: list[Any] = [None]
-                    distributed.recv_object_list(box, group=group, group_src=old[0])
+                    distributed.recv_object_list(box, group=group, group_src=source)
                     unpack(box[0], expert, optimizers)
         self.holders |= {id: tuple(holders[id]) for id in self}
         self.settle(optimizers)

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ class Run:
         *,
         scheduler: Any = None,
         experts: dict[str, Callable[[], nn.Module]] | None = None,
+        replicas: int = 1,
         placement: Mapping[str, Mapping[int, Sequence[int] | int]] | None = None,
     ) -> Parallel:
         """Share the experts out and go on where the run was: at a snapshot or a checkpoint.
@@ -114,6 +116,8 @@ class Run:
         Args:
             scheduler: anything with a `state_dict` of plain values and tensors.
             experts: as for `growmoe.load`.
+            replicas: as for `expert_parallel`; while the workers do not divide into so many, the
+                greatest divisor of both.
             placement: as for `expert_parallel`, of a fresh run.
 
         Raises:
@@ -121,7 +125,10 @@ class Run:
                 and there is no checkpoint.
         """
         settings = self.settings
-        self.parallel = expert_parallel(model, None, optimizer, placement=placement)
+        self.parallel = expert_parallel(
+            model, None, optimizer,
+            replicas=gcd(self.size, replicas), placement=placement,
+        )  # fmt: skip
         self._organizer, self._scheduler = organizer, scheduler
         self._snapshots.join(self.parallel, self.generation)
         extra = None
@@ -244,7 +251,8 @@ class Run:
                 target[name][id] = left
                 for rank in left:
                     total[rank] += (loads[name][id] + 1e-9) / len(left)
-        parallel.place(target)
+        for name, layer in parallel.layers.items():
+            layer.experts.move(target[name], parallel.optimizers)
         self._take(stay)
         self._snapshots.wait()
         parallel.workers.objects(None)

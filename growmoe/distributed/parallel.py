@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from growmoe.distributed.bank import Holders
 from growmoe.distributed.carried import has_own_tensors, size_of
+from growmoe.distributed.gradients import average_copies, average_replicated
 from growmoe.distributed.layer import ParallelMoE
 from growmoe.distributed.placement import Placement, evenly, imbalance, place
 from growmoe.distributed.workers import Workers
@@ -28,6 +29,7 @@ def expert_parallel(
     group: Any = None,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     *,
+    replicas: int = 1,
     placement: Mapping[str, Mapping[int, Sequence[int] | int]] | None = None,
 ) -> Parallel:
     """Share every bank's experts out among the workers of a process group.
@@ -41,18 +43,22 @@ def expert_parallel(
 
     Args:
         model: the same on each worker; its values are taken from the first.
-        group: of `torch.distributed`; the default group if left out.
+        group: of `torch.distributed`; the default group if left out. A `DeviceMesh` of two axes
+            gives replicas by experts: each row of the mesh holds every expert once, tokens travel
+            within a row, and the gradients of an expert are averaged over its column.
         optimizer: one or several; moments move with the experts. Pass each that holds experts.
+        replicas: into how many such rows to divide a plain group.
         placement: {layer: {id: rank or ranks}}; several ranks replicate an expert. Experts left out
-            are spread by number, in order of id.
+            are spread by number, in order of id. With replicas, ranks are those within a row, here
+            as in `place`, `pin` and `rebalance`.
 
     Returns:
         A handle to balance, clip, save and load with.
 
     Raises:
         ValueError: no MoE layer, a layer that cannot be shared out (offloaded, wrapped in
-            DistributedDataParallel or FSDP, a router that reads its experts' weights), or a
-            placement of unknown experts or ranks.
+            DistributedDataParallel or FSDP, a router that reads its experts' weights), a
+            placement of unknown experts or ranks, or workers that do not divide into replicas.
         RuntimeError: no process group, or the workers' models or versions differ.
     """
     if not distributed.is_available() or not distributed.is_initialized():
@@ -61,7 +67,7 @@ def expert_parallel(
             "torchrun and others do it for you)"
         )
     optimizers = as_optimizers(optimizer)
-    workers = Workers(group)
+    workers = Workers(group, replicas)
     problem = _problem(model)
     for rank, other in enumerate(workers.objects(problem)):
         if other is not None:  # on all workers, or the others would wait
@@ -72,8 +78,8 @@ def expert_parallel(
     for name, layer in layers.items():
         given = dict((placement or {}).get(name, {}))
         chosen[name] = {
-            id: _ranks(given.pop(id, rank), id, workers.size)
-            for id, rank in evenly(list(layer.experts), workers.size).items()
+            id: _ranks(given.pop(id, rank), id, workers)
+            for id, rank in evenly(list(layer.experts), workers.width).items()
         }
         if given:
             raise ValueError(f"placement: layer {name!r} has no experts {sorted(given)}")
@@ -138,58 +144,10 @@ class Parallel:
         }
         return (p for p in self.model.parameters() if id(p) not in bodies)
 
-    @torch.no_grad()
     def _average(self) -> None:
         self.workers.queued = False
-        learned = [p for p in self.replicated() if p.requires_grad]
-        if not learned:
-            return
-        has = torch.tensor([p.grad is not None for p in learned], device=learned[0].device)
-        has = self.workers.total(has.to(torch.int32), "gradients")
-        groups: dict[Any, list[nn.Parameter]] = {}
-        for p, count in zip(learned, has.tolist(), strict=True):
-            if count:
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-                groups.setdefault((p.grad.dtype, p.device), []).append(p)
-        for members in groups.values():
-            flat = torch.cat([p.grad.flatten() for p in members])  # type: ignore[union-attr]
-            flat = self.workers.total(flat, "gradients") / self.workers.size
-            for p, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
-                p.grad.copy_(part.view_as(p))  # type: ignore[union-attr]
-        for layer in self.layers.values():
-            for id, e in layer.experts.items():
-                if len(layer.experts.holders[id]) > 1 and layer.experts.holds(id):
-                    self._average_replicas(layer.experts.holders[id], list(e.body.parameters()))
-
-    def _average_replicas(self, ranks: Sequence[int], parameters: list[nn.Parameter]) -> None:
-        """The mean over the holders, by the lead; None where none of them has a gradient."""
-        lead, group = ranks[0], self.workers.group
-        parameters = [p for p in parameters if p.requires_grad]
-        if not parameters:
-            return
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        has = grads[0].new_tensor([any(p.grad is not None for p in parameters)])
-        flat = torch.cat([*(g.flatten() for g in grads), has])
-        if self.workers.rank == lead:
-            for other in ranks[1:]:
-                part = torch.empty_like(flat)
-                distributed.recv(part, group=group, group_src=other)
-                flat += part
-            for other in ranks[1:]:
-                distributed.send(flat, group=group, group_dst=other)
-        else:
-            distributed.send(flat, group=group, group_dst=lead)
-            distributed.recv(flat, group=group, group_src=lead)
-        self.workers.sent["gradients"] += flat.nbytes * (
-            len(ranks) - 1 if self.workers.rank == lead else 1
-        )
-        if flat[-1] > 0:
-            mean = flat[:-1] / len(ranks)
-            for p, part in zip(
-                parameters, mean.split([p.numel() for p in parameters]), strict=True
-            ):
-                p.grad = part.view_as(p).clone()
+        average_replicated([p for p in self.replicated() if p.requires_grad], self.workers)
+        average_copies([layer.experts for layer in self.layers.values()], self.workers)
 
     def gradient_norm(self) -> Tensor:
         """The Euclidean norm of all gradients, every expert counted once: a float64 scalar."""
@@ -267,7 +225,7 @@ class Parallel:
         """Have an expert stay on these workers; the next `rebalance` brings it there."""
         if id not in self.layers[layer].experts:
             raise ValueError(f"pin: layer {layer!r} has no expert {id}")
-        self.pinned.setdefault(layer, {})[id] = _ranks(ranks, id, self.workers.size)
+        self.pinned.setdefault(layer, {})[id] = _ranks(ranks, id, self.workers)
 
     def place(self, holders: Mapping[str, Mapping[int, Sequence[int]]]) -> int:
         """Move experts, with moments and pending gradients; returns the bytes of weights moved."""
@@ -275,7 +233,8 @@ class Parallel:
         for name, wanted in holders.items():
             bank = self.layers[name].experts
             whole = {
-                id: _ranks(wanted.get(id, bank.holders[id]), id, self.workers.size) for id in bank
+                id: _ranks(wanted[id], id, self.workers) if id in wanted else bank.holders[id]
+                for id in bank
             }
             moved += bank.move(whole, self.optimizers)
         return moved
@@ -290,16 +249,22 @@ class Parallel:
         Returns:
             What was done with each layer.
         """
-        loads, plans = self.loads(), {}
+        loads, plans, workers = self.loads(), {}, self.workers
         for name, layer in self.layers.items():
             sizes = {id: size_of(e) for id, e in layer.experts.items()}
-            pinned = {i: r for i, r in self.pinned.get(name, {}).items() if i in layer.experts}
-            held = {id: layer.experts.holders[id] for id in layer.experts}
+            pinned = {
+                id: workers.seats(ranks)
+                for id, ranks in self.pinned.get(name, {}).items()
+                if id in layer.experts
+            }
+            # the replicas of a mesh are alike: planned is one of them
+            held = {id: workers.seats(layer.experts.holders[id]) for id in layer.experts}
             plans[name] = place(
-                loads[name], held, self.workers.size, sizes,
+                loads[name], held, workers.width, sizes,
                 pinned=pinned, tolerance=tolerance, replicas=replicas,
             )  # fmt: skip
-            layer.experts.move(plans[name].holders, self.optimizers)
+            holders = {id: workers.everywhere(r) for id, r in plans[name].holders.items()}
+            layer.experts.move(holders, self.optimizers)
         return plans
 
     def step(
@@ -314,11 +279,12 @@ class Parallel:
         return self.rebalance(**options)
 
 
-def _ranks(value: int | Sequence[int], id: int, size: int) -> tuple[int, ...]:
-    ranks = (value,) if isinstance(value, int) else tuple(value)
-    if not ranks or len(set(ranks)) != len(ranks) or not all(0 <= r < size for r in ranks):
-        raise ValueError(f"placement: expert {id} on {value!r}, but there are ranks 0..{size - 1}")
-    return ranks
+def _ranks(value: int | Sequence[int], id: int, workers: Workers) -> tuple[int, ...]:
+    """Where an expert is held, if a replica has it on these of its ranks."""
+    ranks, width = (value,) if isinstance(value, int) else tuple(value), workers.width
+    if not ranks or len(set(ranks)) != len(ranks) or not all(0 <= r < width for r in ranks):
+        raise ValueError(f"placement: expert {id} on {value!r}, but there are ranks 0..{width - 1}")
+    return workers.everywhere(ranks)
 
 
 def _problem(model: nn.Module) -> str | None:

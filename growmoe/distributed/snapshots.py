@@ -325,6 +325,8 @@ class Snapshots:
                     for id in holders
                 }
                 holders = settled(holders, loads, now_of, size)
+                seats = {id: parallel.workers.seats(r) for id, r in holders.items()}
+                holders = {id: parallel.workers.everywhere(s) for id, s in seats.items()}
             bank.holders = {id: tuple(r) for id, r in holders.items()}
             bank.settle(parallel.optimizers)
 

@@ -6,53 +6,95 @@ Legend: W workers, S rows that arrive at this worker's experts, others as in `gr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
 
 
 class Workers:
     """A process group, always named explicitly, and the bytes this worker sends to the others.
 
+    The group may be a mesh of replicas by seats: worker `rank` sits on seat `rank % width` of
+    replica `rank // width`. Every replica holds all experts, each on the same seat, and rows stay
+    within their replica.
+
     Attributes:
         rank, size: in the group.
+        replicas: how often every expert is held.
+        width: workers of a replica; equal to `size` where there is but one.
+        rows_group: the workers of this replica, among which rows travel.
+        seat_group: those of the same seat, which hold the same experts.
         sent: bytes by purpose ("rows", "gradients", "signals", "experts"), those of a ring for
             all-reduce. What travels as Python objects is counted by its tensors.
+
+    Raises:
+        ValueError: the group does not divide into so many replicas, or a mesh has not two axes.
     """
 
-    def __init__(self, group: Any = None) -> None:
+    def __init__(self, group: Any = None, replicas: int = 1) -> None:
         self.sent: Counter[str] = Counter()
         self.queued = False  # whether gradients are averaged at the end of the running backward
         self.after_backward: Callable[[], None] = lambda: None
-        self.regroup(group)
-
-    def regroup(self, group: Any = None) -> None:
-        """Go on in another group, as after the death of a worker."""
+        if isinstance(group, DeviceMesh):
+            group, replicas = _flat(group)
         self.group = distributed.group.WORLD if group is None else group
         self.rank, self.size = (
             distributed.get_rank(self.group),
             distributed.get_world_size(self.group),
         )
+        if replicas < 1 or self.size % replicas:
+            raise ValueError(f"{self.size} workers do not divide into {replicas} replicas")
+        self.replicas, self.width = replicas, self.size // replicas
+        self.rows_group = self.seat_group = self.group
+        if replicas > 1:
+            first = self.rank - self.rank % self.width
+            self.rows_group = self._among(range(first, first + self.width))
+            self.seat_group = self._among(range(self.rank % self.width, self.size, self.width))
+
+    def _among(self, ranks: Sequence[int]) -> Any:
+        own: Any = self.group
+        everywhere = [distributed.get_global_rank(own, r) for r in ranks]
+        return distributed.new_group(everywhere, use_local_synchronization=True)
 
     def leave(self) -> None:
         """Let go of the group, and of the model: a graph that the model keeps holds us, and Python
         cannot see that cycle."""
-        self.group, self.after_backward = None, lambda: None
+        self.group = self.rows_group = self.seat_group = None
+        self.after_backward = lambda: None
+
+    def everywhere(self, seats: Sequence[int]) -> tuple[int, ...]:
+        """The ranks on these seats, those of the first replica first."""
+        return tuple(r * self.width + s for r in range(self.replicas) for s in seats)
+
+    def seats(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        """The seats of these ranks, each once, in order."""
+        return tuple(dict.fromkeys(r % self.width for r in ranks))
+
+    def nearest(self, rank: int, ranks: Sequence[int]) -> tuple[int, ...]:
+        """Those of the ranks in `rank`'s replica; all of them if there are none."""
+        near = tuple(r for r in ranks if r // self.width == rank // self.width)
+        return near or tuple(ranks)
 
     def __deepcopy__(self, memo: Any) -> Workers:
         return self
 
-    def total(self, value: Tensor, purpose: str = "signals") -> Tensor:
-        """The sum over all workers, the same bits on each; the argument is left as it is."""
-        if self.size == 1:
+    def total(self, value: Tensor, purpose: str = "signals", *, seat: bool = False) -> Tensor:
+        """The sum over all workers, the same bits on each; the argument is left as it is.
+
+        Args:
+            seat: over those of the same seat alone.
+        """
+        size, group = (self.replicas, self.seat_group) if seat else (self.size, self.group)
+        if size == 1:
             return value
         value = value.contiguous().clone()
-        distributed.all_reduce(value, group=self.group)
-        self.sent[purpose] += 2 * (self.size - 1) * value.nbytes // self.size
+        distributed.all_reduce(value, group=group)
+        self.sent[purpose] += 2 * (size - 1) * value.nbytes // size
         return value
 
     def every(self, value: Tensor) -> Tensor:
@@ -93,14 +135,28 @@ class Workers:
             torch.autograd.Variable._execution_engine.queue_callback(self.after_backward)
 
 
+def _flat(mesh: DeviceMesh) -> tuple[Any, int]:
+    """All workers of a mesh as one group, and the length of its first axis."""
+    if mesh.ndim != 2:
+        raise ValueError(f"a mesh of two axes is needed, replicas by experts; this has {mesh.ndim}")
+    ranks = mesh.mesh.flatten().tolist()
+    if ranks != sorted(ranks):
+        raise ValueError(
+            f"the ranks of the mesh must ascend, as init_device_mesh has them: {ranks}"
+        )
+    whole = ranks == list(range(distributed.get_world_size()))
+    group = None if whole else distributed.new_group(ranks, use_local_synchronization=True)
+    return group, mesh.size(0)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How the rows of one forward go to their experts.
 
     Attributes:
         order: int64 [R], this worker's rows sorted by where they go, then by expert.
-        send: rows for each worker.
-        receive: rows from each worker.
+        send: rows for each worker of this replica.
+        receive: rows from each of them.
         arranged: int64 [S], what arrives sorted by expert, then by the worker it comes from. So
             each expert sees its rows in the order of one process with all the tokens.
     """
@@ -127,10 +183,10 @@ class Moving:
         self.plan, self.rows = plan, rows.detach()[plan.order]
         self.arriving = rows.new_empty(sum(plan.receive), *rows.shape[1:])
         self.work = distributed.all_to_all_single(
-            self.arriving, self.rows, plan.receive, plan.send, workers.group, async_op=True
+            self.arriving, self.rows, plan.receive, plan.send, workers.rows_group, async_op=True
         )
         width = rows.element_size() * rows.shape[1:].numel()
-        workers.sent["rows"] += width * (sum(plan.send) - plan.send[workers.rank])
+        workers.sent["rows"] += width * (sum(plan.send) - plan.send[workers.rank % workers.width])
 
     def wait(self) -> Tensor:
         if self.work is not None:

@@ -22,8 +22,9 @@ from growmoe.distributed.progress import text_of
 from growmoe.distributed.supervisor import Supervisor
 
 
-def run(steps, at=None, **options):
-    return fit(train, {"steps": steps, "at": at}, on="processes", **{"timeout": 20.0, **options})
+def run(steps, at=None, replicas=1, **options):
+    config = {"steps": steps, "at": at, "replicas": replicas}
+    return fit(train, config, on="processes", **{"timeout": 20.0, **options})
 
 
 def assert_as_alone(value, one, tolerance=1e-9):
@@ -79,6 +80,17 @@ def test_scaling_down_and_up_is_exact():
     assert sizes[0] == 4 and sizes[18] == 2 and sizes[49] == 4
     assert not result.recoveries
     assert_as_alone(result.value, alone(50))
+
+
+@pytest.mark.slow
+def test_replicas_of_all_experts_outlive_a_death_and_another_number_of_workers(tmp_path):
+    at = Resize({14: 3, 30: 4}, Once(tmp_path, {("backward", 8): 2}))
+    result = run(44, at, replicas=2, num_workers=(3, 4), repeat=4)
+    seen = [(result.value["sizes"][s], result.value["replicas"][s]) for s in (0, 26, 43)]
+    assert seen == [(4, 2), (3, 1), (4, 2)]
+    (recovery,) = result.recoveries
+    assert recovery.exact
+    assert_as_alone(result.value, alone(44))
 
 
 @pytest.mark.slow

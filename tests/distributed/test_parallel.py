@@ -3,9 +3,11 @@
 import pytest
 import torch
 from gloo_workers import on_workers
+from torch.distributed.device_mesh import init_device_mesh
 
 from growmoe import FFN, Capacity, MoE, Organizer, TopK, aux_loss, moe_layers, surgery
 from growmoe.distributed import expert_parallel
+from growmoe.distributed.workers import Workers
 from growmoe.routers import BiasBalanced, ReMoE
 from growmoe.rules import FreezeConverged, MergeSimilar, PruneIdle, SpawnOnNovelty
 
@@ -32,11 +34,13 @@ def batch(step, dtype):
     return x.to(dtype), torch.stack([x.sin().sum(1), x.cos().sum(1)], 1).to(dtype)
 
 
-def train(rank, size, steps, dtype, acts=True, clip=1.0, make=make):
+def train(rank, size, steps, dtype, acts=True, clip=1.0, make=make, replicas=1):
     """The same training on one process (size 1) or several: losses, weights, moments, lineage."""
+    width = size // replicas
     model = make(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    parallel = expert_parallel(model, optimizer=optimizer) if size > 1 else None
+    mesh = init_device_mesh("cpu", (replicas, width)) if replicas > 1 else None
+    parallel = expert_parallel(model, mesh, optimizer) if size > 1 else None
     layer = next(iter(moe_layers(model).values()))
     rules = [SpawnOnNovelty(), MergeSimilar(0.9, min_age=30), PruneIdle(40), FreezeConverged(0.05)]
     organizer = Organizer(model, optimizer, rules, every=20, cooldown=20, tolerance=0.5)
@@ -73,12 +77,17 @@ def train(rank, size, steps, dtype, acts=True, clip=1.0, make=make):
             if step == 120:
                 surgery.thaw(layer, [ids[0]], optimizer)
             if parallel and step == 80:
-                wanted = {id: (i % size,) for i, id in enumerate(reversed(ids))}
-                assert parallel.place({layer.name: wanted}) > 0
+                wanted = {id: (i % width,) for i, id in enumerate(reversed(ids))}
+                assert (parallel.place({layer.name: wanted}) > 0) == (width > 1)
             if parallel and step == 110:
                 parallel.rebalance(tolerance=1.0)
             if parallel and step == 115:  # two copies of one expert
-                parallel.place({layer.name: {ids[0]: (0, size - 1)}})
+                parallel.place({layer.name: {ids[0]: sorted({0, width - 1})}})
+            for ranks in parallel.holders()[layer.name].values() if parallel else ():
+                copies = len(ranks) // replicas  # the same in each replica
+                assert [len([r for r in ranks if r // width == i]) for i in range(replicas)] == [
+                    copies
+                ] * replicas
     state = {}
     if parallel:
         with layer.gathered(None, [optimizer]):
@@ -119,19 +128,58 @@ def assert_equal(one, many, tolerance):
             torch.testing.assert_close(got[4][id], record, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("size", "steps"), [(2, 125), (3, 200), (4, 125)])
-def test_double_precision_equals_one_process_through_surgeries(size, steps):
-    one = train(0, 1, steps, torch.float64)
-    acts = {e[1] for e in one[3] if e[5]}
-    assert acts >= {"spawn", "merge", "prune", "freeze", "thaw"}
-    assert_equal(one, on_workers(size, train, steps, torch.float64), 1e-9)
+@pytest.fixture(scope="module")
+def one_process():
+    result = train(0, 1, 200, torch.float64)
+    assert {e[1] for e in result[3] if e[5]} >= {"spawn", "merge", "prune", "freeze", "thaw"}
+    return result
 
 
 @pytest.mark.slow
-def test_single_precision_equals_one_process_to_rounding():
-    one = train(0, 1, 125, torch.float32)
-    assert_equal(one, on_workers(2, train, 125, torch.float32), 2e-3)
+@pytest.mark.parametrize(("size", "replicas"), [(2, 1), (3, 1), (4, 1), (4, 2), (2, 2)])
+def test_double_precision_equals_one_process_through_surgeries(size, replicas, one_process):
+    many = on_workers(size, train, 200, torch.float64, True, 1.0, make, replicas)
+    assert_equal(one_process, many, 1e-9)
+
+
+@pytest.mark.slow
+def test_single_precision_equals_one_process_to_rounding(one_process):
+    one = train(0, 1, 200, torch.float32)
+    two = on_workers(2, train, 200, torch.float32)
+    assert_equal(one, two, 1e-5)
+
+    def apart(a, b):
+        return max(abs(x - y) for x, y in zip(a[0], b[0], strict=True))
+
+    # nearer to each other than single precision is to double
+    assert apart(one, two[0]) < apart(one, one_process)
+
+
+def in_a_mesh(rank, size):
+    """Bytes that a worker sends, who holds which expert, and what is refused."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "experts"))
+    model = make(experts=4, balance_loss=0.0, router=TopK(1), shared=None)
+    with torch.no_grad():
+        for id, expert in model[1].experts.items():
+            expert.entries.key.fill_(1.0 if id == 3 else -1.0)
+        model[0].weight.fill_(0.1), model[0].bias.zero_()
+    parallel = expert_parallel(model, mesh, placement={"1": {3: 0}})
+    model(torch.rand(6, D, dtype=torch.float64) + 0.1).sum().backward()  # all to expert 3
+    said = [
+        raised(Workers, init_device_mesh("cpu", (4,))),
+        raised(Workers, None, 3),
+        raised(parallel.place, {"1": {0: (2,)}}),
+    ]
+    return dict(parallel.workers.sent), parallel.holders()["1"], said
+
+
+def test_in_a_mesh_rows_stay_within_their_replica():
+    for sent, holders, said in on_workers(4, in_a_mesh):
+        assert holders == {0: (0, 2), 1: (0, 2), 2: (1, 3), 3: (0, 2)}
+        row = D * 8  # there and back, forward and backward
+        assert sent["rows"] == 2 * 6 * row  # of one from each pair: both send, one a way
+        assert "two axes" in said[0] and "do not divide into 3" in said[1]
+        assert "ranks 0..1" in said[2]
 
 
 def raised(function, *args, **options):
@@ -210,7 +258,6 @@ def test_bad_input_is_refused_on_every_worker():
 
 
 def wrapped(rank, size):
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model = make()
