@@ -284,19 +284,22 @@ def test_memory_of_its_own_stays_far_below_the_checkpoint(tmp_path: Path) -> Non
         "--calibration", place / "text.txt", "--samples", "4", "--sequence-length", "32",
         "--output",
     ]  # fmt: skip
-    peaks = []
-    for name, layers in (("out", 8), ("less", 2)):
-        if layers < 8:
-            config = json.loads((place / "model" / "config.json").read_text())
-            config["num_hidden_layers"] = layers
-            (place / "model" / "config.json").write_text(json.dumps(config))
+
+    def peak(name: str) -> tuple[int, int]:
         run = [str(c) for c in [*command, place / name, "--streaming"]]
         subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
         told = json.loads((place / name / "report.json").read_text())["model"]
-        peaks.append(told["peak_anonymous_bytes"])
-    assert told["checkpoint_bytes"] > 100e6
+        return told["peak_anonymous_bytes"], told["checkpoint_bytes"]
+
+    # what else a process happens to hold comes and goes by 30 MB: the lesser of two
+    (whole, checkpoint), (again, _) = peak("out"), peak("again")
+    config = json.loads((place / "model" / "config.json").read_text())
+    config["num_hidden_layers"] = 2
+    (place / "model" / "config.json").write_text(json.dumps(config))
+    less, _ = peak("less")
+    assert checkpoint > 100e6
     # four times as many layers, 75 MB, take no more: one is in memory at a time
-    assert peaks[0] - peaks[1] < 60e6
+    assert min(whole, again) - less < 30e6
 
 
 def test_quantized_weights_are_refused(tmp_path: Path) -> None:
