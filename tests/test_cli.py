@@ -1,9 +1,12 @@
 """The command line: one line for a mistake, plain text in a pipe, 80 columns."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -282,6 +285,47 @@ def test_help_of_train_lm_fits_80_columns(run):
     code, out, _ = run("train-lm", "--help")
     assert code == 0 and "--sequence-length" in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.slow
+def test_a_bench_on_workers_that_is_killed_leaves_nothing_behind_and_goes_on(tmp_path):
+    pytest.importorskip("ray")
+    pytest.importorskip("avalanche")
+    psutil = pytest.importorskip("psutil")
+    mark, cells = str(tmp_path), tmp_path / "out" / "cells"
+    command = [
+        sys.executable, "-m", "growmoe", "bench", "split-digits", "--methods", "ridge,naive",
+        "--seeds", "3", "--workers", "2", "--output", str(tmp_path / "out"),
+    ]  # fmt: skip
+    environment = {**os.environ, "GROWMOE_MARK": mark, "RAY_worker_niceness": "0"}
+
+    def left():
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("GROWMOE_MARK") == mark:
+                    found.append(process.name())
+        return found
+
+    def wait(until, seconds):
+        end = time.monotonic() + seconds
+        while not until() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert until(), left()
+
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        wait(lambda: len(list(cells.glob("*.json"))) >= 2 or driver.poll() is not None, 120)
+        driver.kill()
+        assert driver.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    wait(lambda: not left(), 60)  # Ray's processes end with the driver
+    before = {path.name: path.stat().st_mtime_ns for path in cells.glob("*.json")}
+    assert 2 <= len(before) < 6
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    after = {path.name: path.stat().st_mtime_ns for path in cells.glob("*.json")}
+    assert len(after) == 6 and before.items() <= after.items()
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
