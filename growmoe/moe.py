@@ -14,7 +14,7 @@ from growmoe.capacity import Capacity
 from growmoe.experts.bank import ExpertBank, run_each
 from growmoe.experts.expert import Expert
 from growmoe.experts.ffn import FFN
-from growmoe.forwards import finite, recomputing, transforming
+from growmoe.forwards import finite, recomputing, transforming, uncompiled
 from growmoe.lineage import Event, Lineage
 from growmoe.live import refuse_unseen_optimizers
 from growmoe.losses import balance_loss, z_loss
@@ -160,7 +160,7 @@ class MoE(nn.Module):
 
     # What happens to an input.
 
-    @torch.compiler.disable
+    @uncompiled
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """[..., D] -> [..., O]; [..., J, O] where the router has J gates (`MultiGate`).
 
@@ -181,7 +181,7 @@ class MoE(nn.Module):
         y_TO = self._add_shared(x_TD, routing.assignment.combine(out_RO), shared_TO)
         return y_TO.reshape(*x.shape[:-1], *y_TO.shape[1:])
 
-    @torch.compiler.disable
+    @uncompiled
     def rows(self, x: Tensor, context: Any = None) -> tuple[Routing, Tensor]:
         """The forward up to the experts' own outputs, [R, O], before they are mixed.
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
+import scipy  # its rooms are loaded at their first use: a second less to import growmoe
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 Activation = Literal["gelu", "relu", "swiglu"]
@@ -208,5 +208,5 @@ def _align(base: FFN, other: FFN) -> Tensor:
         return torch.cat(parts)
 
     gain_FF = (units(base).T @ units(other)).cpu().numpy()
-    _, unit = linear_sum_assignment(gain_FF, maximize=True)
+    _, unit = scipy.optimize.linear_sum_assignment(gain_FF, maximize=True)
     return torch.as_tensor(unit, device=other.w_in.device)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import scipy  # its rooms are loaded at their first use: a second less to import growmoe
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from growmoe.assignment import Assignment
@@ -155,5 +155,5 @@ def balanced_assignment(logits_TE: Tensor, share_E: Sequence[float] | None = Non
     score_PP = torch.zeros(len(owner_P), len(owner_P), dtype=torch.float64)
     score_PP[num_tokens:, : int(fewest.sum())] = -1e12
     score_PP[:num_tokens] = logits_TE.double().cpu().nan_to_num(neginf=-1e9)[:, owner_P]
-    _, place_P = linear_sum_assignment(score_PP.numpy(), maximize=True)
+    _, place_P = scipy.optimize.linear_sum_assignment(score_PP.numpy(), maximize=True)
     return owner_P[torch.from_numpy(place_P)[:num_tokens]].to(logits_TE.device)
