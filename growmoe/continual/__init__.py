@@ -49,7 +49,6 @@ _HOME = {
     "GrowingClassifier": "classifier",
     "Domain": "domains",
     "DomainGate": "domain_gate",
-    "default_label_rules": "classifier",
     "GrowMoE": "strategy",
     "OnePass": "strategy",
     "growmoe_metrics": "avalanche_metrics",

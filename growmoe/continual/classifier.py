@@ -25,25 +25,20 @@ from growmoe.lineage import Event, Lineage
 from growmoe.moe import MoE
 from growmoe.organizer import Organizer
 from growmoe.routers.closed_form import ClosedFormGate
-from growmoe.rules import (
-    FreezeSettled,
-    MergeOverlapping,
-    Rule,
-    SpawnOnNovelty,
-    ThawOnNovelty,
-)
+from growmoe.rules import Rule, SpawnOnNovelty
 
 WINDOW = 256  # inputs, of which the novel ones wait for a decision
 
 
 def default_rules() -> list[Rule]:
-    """What makes domains of `GrowingClassifier`; leave some out to see what they are worth."""
-    return [SpawnOnNovelty(share=0.12), MergeOverlapping(z=1.0)]
+    """What makes domains of `GrowingClassifier`: births alone.
 
-
-def default_label_rules() -> list[Rule]:
-    """What becomes of the label experts within a domain."""
-    return [FreezeSettled(), ThawOnNovelty()]
+    `MergeOverlapping(z=1.0)` would merge domains that turn out to be one, `PruneIdle` remove those
+    that do not come again, and `label_rules=[FreezeSettled(), ThawOnNovelty()]` freeze experts of
+    labels that have enough rows. They are left out because no stream was found where they are
+    worth anything (`growmoe bench --controls` has them).
+    """
+    return [SpawnOnNovelty(share=0.12)]
 
 
 class GrowingClassifier(nn.Module):
@@ -63,7 +58,7 @@ class GrowingClassifier(nn.Module):
         num_classes: C.
         early: how many images wait.
         rules: on domains, in place of `default_rules()`.
-        label_rules: on the label experts of each domain, in place of `default_label_rules()`.
+        label_rules: on the label experts of each domain, none if left out.
         gate: of the label experts, in place of `ClosedFormGate()`.
         domain_gate: in place of `DomainGate()`.
         num_domains: domains to begin with; with `rules=[]` their number is fixed.
@@ -94,7 +89,7 @@ class GrowingClassifier(nn.Module):
                 raise ValueError(f"{name} must be positive, got {value!r}")
         self.features, self.num_classes = features, num_classes
         self.rules = default_rules() if rules is None else list(rules)
-        self.label_rules = default_label_rules() if label_rules is None else list(label_rules)
+        self.label_rules = list(label_rules or ())
         self.gate = ClosedFormGate() if gate is None else gate
         self.domain_gate = DomainGate() if domain_gate is None else domain_gate
         self.num_domains, self.seed = num_domains, seed

@@ -11,11 +11,7 @@ import torch
 from torch import Tensor
 
 from growmoe.continual.cell import Cell, Memory, tensor_bytes
-from growmoe.continual.classifier import (
-    GrowingClassifier,
-    default_label_rules,
-    default_rules,
-)
+from growmoe.continual.classifier import GrowingClassifier
 from growmoe.continual.features import (
     MultiScaleFeatures,
     RandomPatchFeatures,
@@ -29,21 +25,9 @@ from growmoe.continual.rivals.learner import Budget, Learner, run_learner
 from growmoe.continual.stream import Stream
 from growmoe.experts.moments import moment_numbers
 from growmoe.lineage import Event
+from growmoe.rules import Rule
 
 Progress = Callable[[float, str], None]
-# An act is switched off with the rules that propose it; what thaws goes with what freezes.
-ACTS = {
-    "spawn": ("Spawn", "Split"),
-    "merge": ("Merge",),
-    "prune": ("Prune",),
-    "freeze": ("Freeze", "Thaw"),
-}
-
-
-def without(rules: Sequence[Any], *acts: str) -> list[Any]:
-    """The rules that propose none of these acts."""
-    prefixes = tuple(prefix for act in acts for prefix in ACTS[act])
-    return [rule for rule in rules if not type(rule).__name__.startswith(prefixes)]
 
 
 class Grown(Learner):
@@ -53,7 +37,8 @@ class Grown(Learner):
         stream: whose images it is for.
         early: images that wait for the features.
         seed: of the features and the layers.
-        off: acts that are switched off.
+        rules: on domains; growmoe's if left out.
+        label_rules: on the label experts; none if left out.
         num_domains: to begin with.
 
     Attributes:
@@ -66,15 +51,16 @@ class Grown(Learner):
         *,
         early: int,
         seed: int,
-        off: Sequence[str] = (),
+        rules: Sequence[Rule] | None = None,
+        label_rules: Sequence[Rule] = (),
         num_domains: int = 1,
     ) -> None:
         self.classifier = GrowingClassifier(
             default_features(stream.image_shape),
             stream.num_classes,
             early=early,
-            rules=without(default_rules(), *off),
-            label_rules=without(default_label_rules(), *off),
+            rules=rules,
+            label_rules=label_rules,
             num_domains=num_domains,
             seed=seed,
         )

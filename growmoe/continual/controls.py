@@ -13,22 +13,29 @@ import torch
 from torch import Tensor
 
 from growmoe.continual.cell import Cell
-from growmoe.continual.closed_form import ACTS, Grown, Head, run_grown, wider, without
+from growmoe.continual.classifier import default_rules
+from growmoe.continual.closed_form import Grown, Head, run_grown, wider
 from growmoe.continual.features import default_features
 from growmoe.continual.rivals.learner import Budget, OracleLearner, run_learner
 from growmoe.continual.stream import Batch, Stream
 from growmoe.experts.moments import moment_numbers
-
-__all__ = ["ACTS", "AtBoundaries", "AtRandom", "Grown", "grow", "without"]
+from growmoe.rules import FreezeSettled, MergeOverlapping, PruneIdle, Rule, ThawOnNovelty
 
 Progress = Callable[[float, str], None]
+
+# Acts that growmoe does without, and the rules that bring them: on domains, on label experts.
+FURTHER: dict[str, tuple[list[Rule], list[Rule]]] = {
+    "merge": ([MergeOverlapping(z=1.0)], []),
+    "prune": ([PruneIdle(steps=16)], []),
+    "freeze": ([], [FreezeSettled(), ThawOnNovelty()]),
+}
 
 
 class AtBoundaries(Grown, OracleLearner):
     """A domain for every true domain, found again when it returns; tests are told nothing."""
 
     def __init__(self, stream: Stream, *, early: int, seed: int) -> None:
-        super().__init__(stream, early=early, seed=seed, off=("spawn", "merge", "prune"))
+        super().__init__(stream, early=early, seed=seed, rules=[])
         self.ids: dict[int, int] = {}
 
     def learn_batch(self, batch: Batch) -> None:
@@ -52,7 +59,7 @@ class AtRandom(Grown):
     def __init__(
         self, stream: Stream, *, early: int, seed: int, births: int, batch_size: int
     ) -> None:
-        super().__init__(stream, early=early, seed=seed, off=("spawn", "merge", "prune"))
+        super().__init__(stream, early=early, seed=seed, rules=[])
         first = math.ceil(early / batch_size)
         last = max(first + births, math.ceil(stream.num_examples / batch_size))
         generator = torch.Generator().manual_seed(seed)
@@ -76,11 +83,22 @@ def grow(stream: Stream, seed: int, batch_size: int, early: int) -> Grown:
     return learner
 
 
-def run_without(
-    stream: Stream, seed: int, progress: Progress, batch_size: int, early: int, off: str
+def run_without_births(
+    stream: Stream, seed: int, progress: Progress, batch_size: int, early: int
 ) -> Cell:
-    """An act switched off."""
-    learner = Grown(stream, early=early, seed=seed, off=(off,))
+    """One domain for all."""
+    learner = Grown(stream, early=early, seed=seed, rules=[])
+    return run_grown(stream, progress, learner, batch_size)
+
+
+def run_with(
+    stream: Stream, seed: int, progress: Progress, batch_size: int, early: int, act: str
+) -> Cell:
+    """A further act switched on."""
+    rules, label_rules = FURTHER[act]
+    learner = Grown(
+        stream, early=early, seed=seed, rules=[*default_rules(), *rules], label_rules=label_rules
+    )
     return run_grown(stream, progress, learner, batch_size)
 
 
@@ -104,9 +122,7 @@ def run_at_random(
 def run_fixed(stream: Stream, seed: int, progress: Progress, batch_size: int, early: int) -> Cell:
     """A mixture of as many domains from the beginning."""
     domains = len(grow(stream, seed, batch_size, early).classifier.domains)
-    learner = Grown(
-        stream, early=early, seed=seed, off=("spawn", "merge", "prune"), num_domains=domains
-    )
+    learner = Grown(stream, early=early, seed=seed, rules=[], num_domains=domains)
     return run_grown(stream, progress, learner, batch_size)
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from growmoe.continual.cell import Cell
-from growmoe.continual.classifier import default_label_rules, default_rules
+from growmoe.continual.classifier import default_rules
 from growmoe.continual.domain_gate import DomainGate
 from growmoe.continual.features import default_features
 from growmoe.continual.rivals import build
@@ -166,7 +166,6 @@ METHODS: dict[str, Method] = {
         kept={
             "blocks": _BLOCKS,
             "rules": [repr(rule) for rule in default_rules()],
-            "label_rules": [repr(rule) for rule in default_label_rules()],
             "gate": repr(ClosedFormGate()),
             "domain_gate": repr(DomainGate()),
         },
@@ -369,7 +368,7 @@ def online(batch_size: int = 10, chosen: Mapping[str, Method] | None = None) -> 
 
 
 def controls() -> dict[str, Method]:
-    """growmoe with one thing taken away or decided by someone else, with its own settings."""
+    """growmoe with one thing taken away, added or decided by someone else; its own settings."""
     settings = METHODS["growmoe"].settings
     same = {name: settings[name] for name in ("batch_size", "early")}
     made = {
@@ -389,12 +388,17 @@ def controls() -> dict[str, Method]:
             "one closed-form head of growmoe's final memory", "run_dense", **same, ridge=1e-4
         ),
     }
-    for act in ("spawn", "merge", "prune", "freeze"):
-        made[f"no-{act}"] = _control(f"nothing is {_OFF[act]}", "run_without", **same, off=act)
+    made["no-spawn"] = _control("no domain is born: one for all", "run_without_births", **same)
+    for act, what in _FURTHER.items():
+        made[f"with-{act}"] = _control(what, "run_with", **same, act=act)
     return made
 
 
-_OFF = {"spawn": "born", "merge": "merged", "prune": "removed", "freeze": "frozen"}
+_FURTHER = {
+    "merge": "domains that overlap are merged as well",
+    "prune": "domains idle for 16 mini-batches are removed as well",
+    "freeze": "label experts that have enough rows are frozen as well",
+}
 
 
 def _control(

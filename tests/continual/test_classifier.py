@@ -5,12 +5,10 @@ from growmoe.continual import (
     GrowingClassifier,
     RandomPatchFeatures,
     default_features,
-    default_label_rules,
-    default_rules,
 )
 from growmoe.continual.ridge import RidgeClassifier
 from growmoe.continual.streams import load
-from growmoe.rules import FreezeSettled, MergeOverlapping, SpawnOnNovelty, ThawOnNovelty
+from growmoe.rules import FreezeSettled, MergeOverlapping
 
 
 @pytest.fixture(scope="module")
@@ -247,13 +245,6 @@ def test_one_image_one_class_and_a_batch_of_one_are_learned(digits):
     model.learn(images[:1], labels[:1])
     model.finish()
     assert model(images).argmax(1).unique().tolist() == [int(labels[0])]
-
-
-def test_default_rules_spawn_merge_prune_freeze_and_thaw():
-    domains = {type(rule) for rule in default_rules()}
-    labels = {type(rule) for rule in default_label_rules()}
-    assert {SpawnOnNovelty, MergeOverlapping} <= domains
-    assert {FreezeSettled, ThawOnNovelty} <= labels
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 16, 16), (1, 1, 9), (5,)])

@@ -11,6 +11,7 @@ from growmoe.continual.classifier import GrowingClassifier
 from growmoe.continual.methods import METHODS, controls
 from growmoe.continual.rivals.learner import Budget, run_learner
 from growmoe.continual.scenarios import permuted
+from growmoe.rules import FreezeSettled, MergeOverlapping, PruneIdle, SpawnOnNovelty, ThawOnNovelty
 
 grows_domains = pytest.mark.skipif(
     not hasattr(GrowingClassifier, "enter"), reason="needs domains of its own"
@@ -32,17 +33,20 @@ def test_every_control_is_described_and_keeps_growmoes_settings():
         assert mine.items() <= json.loads(json.dumps(dict(method.settings))).items()
         assert method.again(batch_size=10).settings["batch_size"] == 10
     assert not set(controls()) & set(METHODS)
-    assert {f"no-{act}" for act in room.ACTS} <= set(controls())
+    assert {"no-spawn", *(f"with-{act}" for act in room.FURTHER)} <= set(controls())
     assert [name for name, m in controls().items() if m.needs] == ["oracle-growth"]
 
 
-def test_an_act_is_switched_off_with_the_rules_that_propose_it():
-    from growmoe.rules import FreezeSettled, MergeOverlapping, PruneIdle, ThawOnNovelty
-
-    rules = [MergeOverlapping(), PruneIdle(), FreezeSettled(), ThawOnNovelty()]
-    assert room.without(rules, "freeze") == rules[:2]
-    assert room.without(rules, "merge", "prune") == rules[2:]
-    assert room.without(rules) == rules
+def test_an_act_that_is_switched_on_has_its_rules_beside_growmoes(monkeypatch):
+    monkeypatch.setattr(room, "run_grown", lambda stream, progress, learner, size: learner)
+    for act, (rules, label_rules) in {
+        "merge": ([SpawnOnNovelty, MergeOverlapping], []),
+        "prune": ([SpawnOnNovelty, PruneIdle], []),
+        "freeze": ([SpawnOnNovelty], [FreezeSettled, ThawOnNovelty]),
+    }.items():
+        model = controls()[f"with-{act}"].run(two_domains(), 0, silent).classifier
+        assert [type(rule) for rule in model.rules] == rules
+        assert [type(rule) for rule in model.label_rules] == label_rules
 
 
 @pytest.mark.slow
