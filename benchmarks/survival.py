@@ -6,7 +6,9 @@
 
 Every worker writes into shared memory what it is doing: forward, backward, surgery, snapshot,
 checkpoint. When the last recovery is complete (each expert has a second copy again), a worker and a
-delay are drawn, and once that worker is in the phase whose turn it is it gets `kill -9`. At the end
+delay are drawn, and so long after that worker has entered the phase whose turn it is it gets
+`kill -9`, from a thread of its own, which is there in time where another process would not be. If
+the phase is over by then it is left alone, and the next time the delay is half as long. At the end
 the losses of all steps are compared with those of one process that trains without workers. Each
 call adds a run to the file.
 """
@@ -37,15 +39,17 @@ from growmoe.rules import MergeSimilar, SpawnOnNovelty
 
 PHASES = ("forward", "backward", "surgery", "snapshot", "checkpoint")
 D, ROWS, SLOT = 16, 48, struct.Struct("qqqq")  # pid, phase, step, generation
+ORDER = struct.Struct("qqqqdq")  # rank, phase, first step, generation, delay, done
+LONGEST = 0.004  # seconds that a worker may be in a phase before it is killed
 
 
 class Board:
-    """What each worker is doing, in a file mapped into all processes."""
+    """What each worker is doing, and who is to die, in a file mapped into all processes."""
 
     def __init__(self, path: str, ranks: int) -> None:
         self.path, self.ranks = path, ranks
         if not os.path.exists(path):
-            Path(path).write_bytes(bytes(SLOT.size * ranks))
+            Path(path).write_bytes(bytes(SLOT.size * ranks + ORDER.size))
         with open(path, "r+b") as file:
             self.memory = mmap.mmap(file.fileno(), 0)
 
@@ -54,6 +58,20 @@ class Board:
 
     def read(self, rank: int) -> tuple[int, int, int, int]:
         return SLOT.unpack_from(self.memory, SLOT.size * rank)
+
+    def order(self, rank: int, phase: int, step: int, generation: int, delay: float) -> None:
+        """Have a worker die in a phase of this generation, from a step on."""
+        ORDER.pack_into(
+            self.memory, SLOT.size * self.ranks, rank, phase, step, generation, delay, 0
+        )
+
+    def ordered(self) -> tuple[int, int, int, int, float, int]:
+        """What was ordered, and whether it is done."""
+        return ORDER.unpack_from(self.memory, SLOT.size * self.ranks)
+
+    def done(self) -> None:
+        """The order is carried out."""
+        ORDER.pack_into(self.memory, SLOT.size * self.ranks, *self.ordered()[:-1], 1)
 
 
 def build() -> tuple[torch.nn.Module, torch.optim.Optimizer, Organizer]:
@@ -101,10 +119,23 @@ def alone(steps: int) -> dict:
 def train(config, run):
     """One worker; returns the loss of every step."""
     board = Board(config["board"], config["workers"])
-    now = {"step": 0}
+    now, tries = {"step": 0}, {"count": 0}
 
     def at(phase: str) -> None:
-        board.write(run.rank, PHASES.index(phase), now["step"], run.generation)
+        index = PHASES.index(phase)
+        board.write(run.rank, index, now["step"], run.generation)
+        rank, wanted, step, generation, delay, done = board.ordered()
+        mine = (rank, wanted, generation) == (run.rank, index, run.generation)
+        if mine and now["step"] >= step and not done:
+            tries["count"] += 1
+            wait = delay / 2 ** tries["count"] if tries["count"] < 6 else 0.0
+            threading.Thread(target=die, args=(index, now["step"], wait), daemon=True).start()
+
+    def die(index: int, step: int, wait: float) -> None:
+        time.sleep(wait)
+        if board.read(run.rank)[1:] == (index, step, run.generation) or not wait:
+            board.done()
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def watched(function, phase):
         def call(*args, **options):
@@ -173,21 +204,12 @@ class Killer(threading.Thread):
                 time.sleep(0.005)
             phase = len(self.done) % len(PHASES)
             rank = self.draw.randrange(self.board.ranks)
-            wait = self.status["step"] + self.draw.randrange(1, 6)
+            wait = self.status["step"] + self.draw.randrange(1, 21)
             generation = self.status["generation"]
-            tries = 0
-            while True:
-                _, now, step, of = self.board.read(rank)
-                if (now, of) == (phase, generation) and step >= wait:
-                    # anywhere in the phase; one that is over by then is left alone, so that the
-                    # short phases get their turn too
-                    time.sleep(self.draw.uniform(0, 0.004) if tries < 4 else 0.0)
-                    pid, now, step, of = self.board.read(rank)
-                    tries += 1
-                    if (now, of) == (phase, generation) or tries == 12:
-                        break
-                time.sleep(0.0002)
-            os.kill(pid, signal.SIGKILL)
+            self.board.order(rank, phase, wait, generation, self.draw.uniform(0, LONGEST))
+            while not self.board.ordered()[-1]:
+                time.sleep(0.001)
+            _, now, step, _ = self.board.read(rank)
             print(f"kill {len(self.done) + 1}: {PHASES[phase]} at step {step}", file=sys.stderr)
             self.done.append(
                 {"wanted": PHASES[phase], "phase": PHASES[now] if now >= 0 else "between",

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.nn  # not later: its defaults would hold the group of that time for ever
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 

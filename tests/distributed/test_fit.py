@@ -54,6 +54,26 @@ def test_who_waits_for_another_survivor_learns_of_a_death_long_before_the_time_o
 
 
 @pytest.mark.slow
+def test_a_group_that_is_left_closes_its_connections():
+    code = """
+import gc, os, tempfile, torch
+from growmoe.distributed import member
+from torch import distributed
+with tempfile.TemporaryDirectory() as folder:
+    meet = "file://" + folder + "/meet"
+    distributed.init_process_group("gloo", init_method=meet, rank=0, world_size=1)
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # loads the compiler and more
+    distributed.all_reduce(torch.ones(1))
+    distributed.destroy_process_group()
+gc.collect()
+tasks = os.listdir("/proc/self/task")
+print({open(f"/proc/self/task/{task}/comm").read().strip() for task in tasks})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "python" in done.stdout and "gloo" not in done.stdout
+
+
+@pytest.mark.slow
 def test_survivors_go_on_alone_and_a_replacement_joins(tmp_path, monkeypatch):
     alone_seen = []
     room = Processes.room
