@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 setup: $(VENV)/.installed
 
 bench: setup
-	$(BIN)/growmoe bench split-digits --seeds 3 --output runs/split-digits \
+	$(BIN)/growmoe bench split-digits --seeds 3 --workers 2 --output runs/split-digits \
 	  --methods growmoe,ridge,ridge-wide,slda,ranpac,replay,ewc,lwf,naive,joint
 
 test: setup

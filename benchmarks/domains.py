@@ -1,9 +1,10 @@
 """Domains that are found without labels of them: permuted and rotated Fashion-MNIST.
 
-    python benchmarks/domains.py --seeds 3 --output benchmarks/results/domains
+    python benchmarks/domains.py --output benchmarks/results/domains
 
 Ten domains that share their labels, one after another (sharp), each going gradually over to the
-next (fuzzy), or each coming twice (recurring); boundaries fall inside batches. growmoe beside one
+next (fuzzy), or each coming twice (recurring), as many train images each time a domain comes;
+boundaries fall inside batches. growmoe beside one
 closed-form head of equal memory and growmoe told every domain (oracle-growth), each cell as
 `growmoe bench` writes it. Writes a folder for each stream, and domains.md: final accuracy, domains
 found, births that were none of the nine drifts, the delay in batches of 64 (of a fuzzy drift since
@@ -26,14 +27,18 @@ FAMILIES, DRIFTS = ("permuted", "rotated"), ("sharp", "fuzzy", "recurring")
 METHOD_NAMES = ("growmoe", "ridge-wide", "oracle-growth")
 
 
-def drift_times(drift: str, examples: int) -> list[float]:
+def visits(drift: str) -> int:
+    """How often each domain comes."""
+    return 2 if drift == "recurring" else 1
+
+
+def drift_times(drift: str, visit: int) -> list[float]:
     """When each domain but the first comes for the first time, in examples seen."""
-    length = {"sharp": examples, "fuzzy": examples, "recurring": examples // 2}[drift]
-    early = OVERLAP / 2 * length if drift == "fuzzy" else 0.0
-    return [d * length - early + 1 for d in range(1, DOMAINS)]
+    early = OVERLAP / 2 * visit if drift == "fuzzy" else 0.0
+    return [d * visit - early + 1 for d in range(1, DOMAINS)]
 
 
-def row(drift: str, examples: int, name: str, cells: list[dict[str, Any]]) -> str:
+def row(drift: str, visit: int, name: str, cells: list[dict[str, Any]]) -> str:
     """One line of the table."""
 
     def mean(values: list[float], digits: int = 1, scale: float = 1.0) -> str:
@@ -45,17 +50,13 @@ def row(drift: str, examples: int, name: str, cells: list[dict[str, Any]]) -> st
     memory = [c["memory_bytes"] for c in cells]
     domains = false = delay = worst = "–"
     if name == "growmoe":
-        found = [
-            metrics.drift_detection(
-                c["detections"], drift_times(drift, examples), DOMAINS * examples
-            )
-            for c in cells
-        ]
+        times = drift_times(drift, visit)
+        length = DOMAINS * visits(drift) * visit
+        found = [metrics.drift_detection(c["detections"], times, length) for c in cells]
         domains = ", ".join(str(c["extras"]["domains"]) for c in cells)
         false = ", ".join(str(f["false_alarms"]) for f in found)
         delays = [f["delay"] / BATCH for f in found if f["delay"] is not None]
         delay = mean(delays) if delays else "–"
-        times = drift_times(drift, examples)
         late = [
             min((t - time for t in c["detections"] if t >= time), default=float("inf"))
             for c in cells
@@ -82,9 +83,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--examples", type=int, default=3000, help="train images of a domain")
-    parser.add_argument("--tests", type=int, default=200, help="test images of a domain")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--examples", type=int, default=2000, help="train images of a visit")
+    parser.add_argument("--tests", type=int, default=300, help="test images of a domain")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--drifts", nargs="+", choices=DRIFTS, default=DRIFTS)
     parser.add_argument("--methods", nargs="+", choices=METHOD_NAMES, default=METHOD_NAMES)
@@ -94,13 +95,14 @@ def main() -> None:
     everything = {**METHODS, **controls()}
     chosen = {name: everything[name] for name in given.methods}
     lines = [
-        f"{given.examples} train and {given.tests} test images a domain; mean ± 95% CI over seeds.",
+        f"{given.examples} train images a visit, {given.tests} test images a domain; "
+        "mean ± 95% CI over seeds.",
         "",
     ]
     for drift in given.drifts:
         for family in given.families:
             stream = f"{family}-fashion-mnist:drift={drift}"
-            stream += f",examples={given.examples},tests={given.tests}"
+            stream += f",examples={given.examples * visits(drift)},tests={given.tests}"
             folder = given.output / f"{family}-{drift}"
             outcome = run_bench(
                 stream,
