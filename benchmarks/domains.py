@@ -58,11 +58,12 @@ def row(drift: str, visit: int, name: str, cells: list[dict[str, Any]]) -> str:
         delays = [f["delay"] / BATCH for f in found if f["delay"] is not None]
         delay = mean(delays) if delays else "–"
         late = [
-            min((t - time for t in c["detections"] if t >= time), default=float("inf"))
+            min((t - time for t in c["detections"] if time <= t < after), default=float("inf"))
             for c in cells
-            for time in times
+            for time, after in zip(times, [*times[1:], length + 1], strict=True)
         ]
-        worst = f"{max(late) / BATCH:.1f}"
+        missed = late.count(float("inf"))
+        worst = f"{missed} missed" if missed else f"{max(late) / BATCH:.1f}"
     elif name == "oracle-growth":
         domains = "given"
     return " | ".join(
