@@ -5,7 +5,7 @@
 Split Fashion-MNIST, one pass. growmoe's time is split into features (with the view that novelty is
 judged by), gate (which domain an input belongs to) and experts (sums, signals, decisions). Replay
 trains a small convolutional network, two layers of 3 by 3 filters (32, 64) and 128 hidden units,
-which reaches growmoe's accuracy only where it is trained on all classes at once (`--joint` measures
+which comes near growmoe only where it is trained on all classes at once (`--joint` measures
 that): each step takes 10 new images and 10 of 2,000 kept ones. Both run in turns on the same
 images in one process, one thread on a CPU; medians over turns.
 """
@@ -138,11 +138,13 @@ def turns(stream: Stream, count: int) -> dict[str, list[float]]:
 
 
 class _TimedFeatures:
-    """Features whose computation is timed."""
+    """Features whose computation is timed; in all else the features themselves."""
 
     def __init__(self, features: Any, clock: Clock) -> None:
-        self.num_features, self.blocks = features.num_features, features.blocks
-        self.memory_bytes, self._call = features.memory_bytes, clock.wrap(features.__call__)
+        self._features, self._call = features, clock.wrap(features.__call__)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._features, name)
 
     def __call__(self, images: Tensor) -> Tensor:
         found: Tensor = self._call(images)
