@@ -122,9 +122,12 @@ class Run:
             placement: as for `expert_parallel`, of a fresh run.
 
         Raises:
+            ValueError: `replicas` is not positive, and as `expert_parallel`.
             ExpertsLost: two workers died before the experts of the first had a second copy again,
                 and there is no checkpoint.
         """
+        if replicas < 1:
+            raise ValueError(f"replicas must be positive, got {replicas!r}")
         settings = self.settings
         self.parallel = expert_parallel(
             model, None, optimizer,

@@ -114,6 +114,12 @@ def test_replicas_of_all_experts_outlive_a_death_and_another_number_of_workers(t
 
 
 @pytest.mark.slow
+def test_replicas_that_are_not_positive_are_refused():
+    with pytest.raises(WorkerError, match="replicas must be positive, got 0"):
+        run(5, replicas=0, num_workers=2)
+
+
+@pytest.mark.slow
 def test_a_mistake_in_the_loop_ends_the_run_and_is_shown(tmp_path):
     at = Once(tmp_path, {("forward", 2): 1}, "raise")
     with pytest.raises(WorkerError, match=r"(?s)worker 1: .*a mistake in the loop"):
